@@ -1,0 +1,28 @@
+# Every target does the set-up it needs. PYTHON: the interpreter the virtual environment is made from.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test check clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "torch==2.13.0" -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[demo,pretrain,dev]" -c constraints.txt
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/powersteer demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv demo runs

@@ -1,0 +1,151 @@
+"""Stage 3, CLIP: a text and a picture tower, contrastive on the icons, word meanings distilled from a teacher."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+from transformers import CLIPConfig as HFCLIPConfig
+from transformers import CLIPModel, CLIPTokenizer
+
+from powersteer.pretrain.fit import FitConfig, fit
+from powersteer.pretrain.icons import IMAGE_SIZE, IconSet, captions
+from powersteer.pretrain.text import MAX_TOKENS, teacher_embeddings, teacher_words, tokenize
+from powersteer.pretrain.vae import augment
+
+
+class CLIPConfig(FitConfig):
+    """Both towers' size and losses."""
+
+    hidden_size: int = 192
+    text_layers: int = 4
+    vision_layers: int = 6
+    patch_size: int = 8
+    dropout: float = 0.1
+    distillation_weight: float = Field(default=4.0, ge=0)
+    """Weight of the teacher: both towers also predict its embedding of the name, and the text tower those of
+    plain English words, so that words no picture showed still land near their kin."""
+    word_batch_size: int = 128
+
+
+class _Student(nn.Module):
+    """CLIP, and the head that maps its embeddings to the teacher's."""
+
+    def __init__(self, clip: CLIPModel, teacher_width: int) -> None:
+        super().__init__()
+        self.clip = clip
+        self.to_teacher = nn.Linear(clip.config.projection_dim, teacher_width)
+
+
+def build_clip(config: CLIPConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Untrained towers."""
+    tower = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": 4 * config.hidden_size,
+        "num_attention_heads": config.hidden_size // 64,
+    }
+    text = {
+        **tower,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": MAX_TOKENS,
+        "num_hidden_layers": config.text_layers,
+        "attention_dropout": config.dropout,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "projection_dim": config.hidden_size,
+    }
+    vision = {
+        **tower,
+        "image_size": IMAGE_SIZE,
+        "patch_size": config.patch_size,
+        "num_hidden_layers": config.vision_layers,
+        "attention_dropout": config.dropout,
+        "projection_dim": config.hidden_size,
+    }
+    return CLIPModel(HFCLIPConfig(text_config=text, vision_config=vision, projection_dim=config.hidden_size))
+
+
+def train_clip(
+    config: CLIPConfig, icons: IconSet, tokenizer: CLIPTokenizer, stage_dir: Path, *, seed: int, device: torch.device
+) -> CLIPModel:
+    """Train both towers; reports how often the right caption among the held-out names is in the first five."""
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    train = icons.select(held_out=False)
+    held_out = icons.select(use="all", held_out=True)
+    words = teacher_words()
+    names = sorted({icon.name for icon in icons.icons if not icon.held_out})
+    row_of = {name: i for i, name in enumerate(names)}
+    phrases = [*names, *words]
+    targets = teacher_embeddings(phrases).to(device)
+    word_tokens = tokenize(tokenizer, phrases)
+    torch.manual_seed(seed)
+    student = _Student(build_clip(config, tokenizer), targets.shape[1]).to(device)
+    clip = student.clip
+
+    def loss(_: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        picks = train[torch.randint(len(train), (config.batch_size,), generator=generator)]
+        rows = [icons.icons[int(i)] for i in picks]
+        rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
+        texts = tokenize(tokenizer, [rng.choice(captions(row.name, row.style)) for row in rows])
+        images = augment(icons.images(picks), generator, recolour=0.05, outline=0.1, move=0.8)
+        extra = torch.randint(len(phrases), (config.word_batch_size,), generator=generator)
+        states = embed_text(clip, torch.cat([texts, word_tokens[extra]]).to(device))
+        text, word = states.split([len(texts), len(extra)])
+        image = embed_images(clip, images.to(device))
+        names_in_batch = torch.tensor([row_of[row.name] for row in rows])
+        contrastive = _contrastive(image, text, clip.logit_scale, names_in_batch.to(device))
+        wanted = torch.cat([targets[names_in_batch], targets[extra]])
+        guess_text = F.normalize(student.to_teacher(torch.cat([text, word])).float(), dim=-1)
+        guess_image = F.normalize(student.to_teacher(image).float(), dim=-1)
+        text_distance = 1 - (guess_text * wanted).sum(-1).mean()
+        image_distance = 1 - (guess_image * wanted[: len(texts)]).sum(-1).mean()
+        figures = {
+            "contrastive": contrastive.item(),
+            "text_distance": text_distance.item(),
+            "image_distance": image_distance.item(),
+        }
+        return contrastive + config.distillation_weight * (text_distance + image_distance), figures
+
+    def report(_: int) -> dict[str, float]:
+        candidates = sorted({icons.icons[int(i)].name for i in held_out})
+        truth = torch.tensor([candidates.index(icons.icons[int(i)].name) for i in held_out])
+        ranks = caption_ranks(clip, tokenizer, icons.images(held_out).to(device), candidates, truth)
+        return {"held_out_top1": (ranks < 1).float().mean().item(), "held_out_top5": (ranks < 5).float().mean().item()}
+
+    fit(stage_dir, config, student, loss, report, seed=seed, device=device)
+    return clip
+
+
+def _contrastive(
+    image: torch.Tensor, text: torch.Tensor, logit_scale: torch.Tensor, names: torch.Tensor
+) -> torch.Tensor:
+    """Symmetric cross-entropy; every pair of the batch that shares a name is a positive."""
+    logits = logit_scale.clamp(max=4.6).exp() * image.float() @ text.float().T
+    positive = (names[:, None] == names[None]).float()
+    wanted = positive / positive.sum(1, keepdim=True)
+    return 0.5 * (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted))
+
+
+def embed_text(clip: CLIPModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Unit embeddings (B, D) of token ids (B, 24)."""
+    return F.normalize(clip.text_projection(clip.text_model(tokens).pooler_output), dim=-1)
+
+
+def embed_images(clip: CLIPModel, images: torch.Tensor) -> torch.Tensor:
+    """Unit embeddings (B, D) of pictures (B, 3, 64, 64) in [-1, 1]."""
+    return F.normalize(clip.visual_projection(clip.vision_model(images).pooler_output), dim=-1)
+
+
+@torch.no_grad()
+def caption_ranks(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, images: torch.Tensor, candidates: list[str], truth: torch.Tensor
+) -> torch.Tensor:
+    """Rank (N,) of each picture's own caption, 0 best, among ``candidates``."""
+    text = embed_text(clip, tokenize(tokenizer, [f"icon of {name}" for name in candidates]).to(images.device))
+    scores = (embed_images(clip, images) @ text.T).cpu()  # (N, candidates)
+    return (scores > scores.gather(1, truth[:, None])).sum(1)

@@ -1,0 +1,241 @@
+"""Stage 1, data: coloured icon sets from npm, drawn at 64 px on white, captioned, split by name."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+
+from powersteer.config import StrictConfig
+from powersteer.errors import PowersteerError
+
+IMAGE_SIZE = 64
+"""Pixels a side of every picture of the embedded base."""
+
+_SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
+_SKIN_TONE_SLUG = re.compile(r"skin-tone|-tone\d|-(medium-)?(light|medium|dark)(-(medium-)?(light|medium|dark))*$")
+_NOT_MIRRORED = re.compile(
+    r"\d|clock|thirty|watch|timer|letter|button|keycap|left|right|arrow|flag|input|sign|squared|circled|number|"
+    r"calendar|news|book|scroll|abc|text|mark|symbol|note|music|name|logo|playing|mahjong|map|keyboard|currency|"
+    r"banknote|yen|dollar|euro|pound|degree|percent|hundred|soon|back$|end$|on!|top$|cool|free|new$|sos|vs|ok "
+)
+
+
+class IconSource(StrictConfig):
+    """One npm package of icons in Iconify's format."""
+
+    package: str
+    """npm package, with its version: ``@iconify-json/noto@1.2.9``."""
+    style: str
+    """The word that names this set in captions."""
+    use: Literal["all", "codec"] = "all"
+    """``codec``: only the VAE sees its pictures, and the text encoder its names (outlined user-interface icons)."""
+    squashed_names: bool = False
+    """The set writes its names without word breaks; icons whose name no other source can split are left out."""
+    stroke_width: float | None = None
+    """Redraw strokes at this width, in the icon's own units."""
+    recolour: str | None = None
+    """Replace this fill colour by one drawn for each icon."""
+
+
+class DataConfig(StrictConfig):
+    """Where the pictures come from, and which are held out."""
+
+    sources: list[IconSource] = Field(min_length=1)
+    held_out_per_mille: int = Field(default=50, ge=1, le=500)
+    """How many names in a thousand are held out, of every source alike."""
+    exclude_categories: list[str] = ["Flags", "Modifiers"]
+
+
+@dataclass(frozen=True)
+class Icon:
+    """One picture: what it shows, in whose style, and how it may be used."""
+
+    name: str
+    style: str
+    use: str
+    mirrored: bool
+    """Whether the mirror image means the same."""
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class IconSet:
+    """All pictures, (N, 3, 64, 64) uint8, with a row of `Icon` each."""
+
+    pixels: torch.Tensor
+    icons: list[Icon]
+
+    def select(self, *, use: str | None = None, held_out: bool) -> torch.Tensor:
+        """Indices (n,) of one split, of one use."""
+        rows = [i for i, icon in enumerate(self.icons) if icon.held_out == held_out and use in (None, icon.use)]
+        return torch.tensor(rows)
+
+    def images(self, indices: torch.Tensor) -> torch.Tensor:
+        """Pictures (n, 3, 64, 64) in [-1, 1]."""
+        return self.pixels[indices].float() / 127.5 - 1
+
+
+def build_icons(config: DataConfig, stage_dir: Path) -> None:
+    """Fetch, draw and split the icon sets into ``stage_dir``.
+
+    Raises:
+        PowersteerError: npm is missing, or a package cannot be fetched or read.
+    """
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    pixels: list[np.ndarray[Any, Any]] = []
+    icons: list[Icon] = []
+    notices: dict[str, Any] = {}
+    for source in config.sources:
+        folder = _fetch_package(source.package, stage_dir / "npm")
+        info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        before = len(icons)
+        for slug, name in track(_names(source, folder, config.exclude_categories).items(), source.package):
+            pixels.append(_draw(source, folder, slug))
+            icons.append(
+                Icon(
+                    name=name,
+                    style=source.style,
+                    use=source.use,
+                    mirrored=not _NOT_MIRRORED.search(name),
+                    held_out=is_held_out(name, config.held_out_per_mille),
+                )
+            )
+        notices[source.package] = {
+            "pictures": len(icons) - before,
+            "use": source.use,
+            "author": info["author"]["name"],
+            "url": info["author"].get("url"),
+            "licence": info["license"]["spdx"],
+        }
+    save_file({"pixels": torch.from_numpy(np.stack(pixels))}, stage_dir / "icons.safetensors")
+    with (stage_dir / "icons.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(icon)) + "\n" for icon in icons)
+    (stage_dir / "notices.json").write_text(json.dumps(notices, indent=2), encoding="utf-8")
+
+
+def load_icons(stage_dir: Path) -> IconSet:
+    """Read what `build_icons` wrote."""
+    with (stage_dir / "icons.jsonl").open(encoding="utf-8") as file:
+        icons = [Icon(**json.loads(line)) for line in file]
+    return IconSet(load_file(stage_dir / "icons.safetensors")["pixels"], icons)
+
+
+def captions(name: str, style: str | None) -> list[str]:
+    """Every caption a picture may go by: with the style, and without."""
+    plain = [name, f"a {name}", f"icon of {name}"]
+    return [*plain, f"{style} icon of {name}", f"{style} {name}"] if style else plain
+
+
+def is_held_out(name: str, per_mille: int) -> bool:
+    """Whether a name is held out: decided by its hash, so the same for every source."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000 < per_mille
+
+
+def _fetch_package(package: str, npm_dir: Path) -> Path:
+    folder = npm_dir / "node_modules" / package.rpartition("@")[0]
+    if not (folder / "icons.json").exists():
+        if shutil.which("npm") is None:
+            raise PowersteerError(f"npm is needed to fetch {package}: install Node.js, or unpack it to {folder}")
+        npm_dir.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(npm_dir), package]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise PowersteerError(f"npm could not install {package}: {done.stderr.strip()[-400:]}")
+    return folder
+
+
+@functools.cache
+def _icons_json(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "icons.json").read_text(encoding="utf-8"))
+
+
+def _names(source: IconSource, folder: Path, exclude_categories: list[str]) -> dict[str, str]:
+    """Icon slug → the name people use for it, skin-tone variants and excluded categories left out."""
+    characters: dict[str, str] = {}
+    if (folder / "chars.json").exists():
+        by_character = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
+        characters = {slug: code for code, slug in by_character.items()}
+    metadata = folder / "metadata.json"
+    categories = json.loads(metadata.read_text(encoding="utf-8")).get("categories", {}) if metadata.exists() else {}
+    excluded = {slug for category in exclude_categories for slug in categories.get(category, [])}
+    names: dict[str, str] = {}
+    for slug in _icons_json(folder)["icons"]:
+        code = characters.get(slug, "")
+        skin_tone = _SKIN_TONES & set(code.split("-")) if code else _SKIN_TONE_SLUG.search(slug)
+        if slug in excluded or skin_tone or slug.startswith(("flag-", "regional-indicator")):
+            continue
+        name = _emoji_names().get(_squash(re.sub(r"-\d+$", "", slug)))
+        if name is None and source.squashed_names:
+            continue
+        names[slug] = name or re.sub(r"-\d+$", "", slug).replace("-", " ")
+    return names
+
+
+@functools.cache
+def _emoji_names() -> dict[str, str]:
+    """Squashed emoji name or alias → CLDR name, of every emoji but the skin-tone variants."""
+    import emoji
+
+    names: dict[str, str] = {}
+    for character, entry in emoji.EMOJI_DATA.items():
+        if _SKIN_TONES & {f"{ord(part):x}" for part in character}:
+            continue
+        name = plain_name(entry["en"])
+        for alias in entry.get("alias", []):
+            names.setdefault(_squash(alias), name)
+        names[_squash(entry["en"])] = name
+    return names
+
+
+def plain_name(emoji_name: str) -> str:
+    """``:fox_face:`` → ``fox face``."""
+    return emoji_name.strip(":").replace("_", " ").replace("’", "'").lower()
+
+
+def _squash(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _draw(source: IconSource, folder: Path, slug: str) -> np.ndarray[Any, Any]:
+    """One icon as (3, 64, 64) uint8, fitted into the square, on white."""
+    sheet = _icons_json(folder)
+    icon = sheet["icons"][slug]
+    left, top = icon.get("left", sheet.get("left", 0)), icon.get("top", sheet.get("top", 0))
+    width, height = icon.get("width", sheet.get("width", 16)), icon.get("height", sheet.get("height", 16))
+    body: str = icon["body"]
+    if source.stroke_width is not None:
+        body = re.sub(r'stroke-width="[\d.]+"', f'stroke-width="{source.stroke_width}"', body)
+    if source.recolour is not None:
+        shade = int(hashlib.sha256(slug.encode()).hexdigest()[:6], 16)
+        body = body.replace(source.recolour, f"#{shade:06x}")
+    side = max(width, height)
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{left - (side - width) / 2} {top - (side - height) / 2} {side} {side}" '
+        f'width="{side}" height="{side}">{body}</svg>'
+    )
+    return rasterise(svg, IMAGE_SIZE)
+
+
+def rasterise(svg: str, size: int, background: str = "#ffffff") -> np.ndarray[Any, Any]:
+    """Draw an SVG as (3, size, size) uint8 on ``background``."""
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background=background, skip_system_fonts=True)
+    with Image.open(io.BytesIO(bytes(png))) as image:
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy()

@@ -1,0 +1,145 @@
+"""Stage 4, VAE: 64 px pictures ↔ 16×16×4 latents, edges kept sharp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from pydantic import Field
+
+from powersteer.pictures import save_grid
+from powersteer.pretrain.fit import FitConfig, fit
+from powersteer.pretrain.icons import IMAGE_SIZE, IconSet
+
+
+class VAEConfig(FitConfig):
+    """The autoencoder's size and loss."""
+
+    block_out_channels: tuple[int, ...] = (32, 64, 128)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 8
+    gradient_weight: float = Field(default=0.5, ge=0)
+    """Weight of the L1 distance between image gradients: keeps edges sharp."""
+    kl_weight: float = Field(default=6e-3, ge=0)
+    """Weight of the KL divergence to N(0, I), in nats per latent dimension."""
+    crop_share: float = Field(default=0.75, ge=0, le=1)
+    """The first share of the steps sees four quarter-size crops in the place of each picture: more variety at
+    the same cost. The rest sees whole pictures, on which the group norms settle."""
+
+
+def build_vae(config: VAEConfig) -> AutoencoderKL:
+    """An untrained autoencoder."""
+    levels = len(config.block_out_channels)
+    return AutoencoderKL(
+        sample_size=IMAGE_SIZE,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_num_groups,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        mid_block_add_attention=False,
+    )
+
+
+def train_vae(config: VAEConfig, icons: IconSet, stage_dir: Path, *, seed: int, device: torch.device) -> AutoencoderKL:
+    """Train on every set; held-out figures and grids on the held-out names of the sets the U-Net will see."""
+    vae = build_vae(config).to(device, memory_format=torch.channels_last)
+    train = icons.select(held_out=False)
+    held_out = icons.images(icons.select(use="all", held_out=True))
+
+    def loss(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        cropped = step < config.crop_share * config.steps
+        count = config.batch_size * 4 if cropped else config.batch_size
+        picks = train[torch.randint(len(train), (count,), generator=generator)]
+        images = augment(icons.images(picks), generator)
+        if cropped:
+            images = crop(images, IMAGE_SIZE // 2, generator)
+        images = images.to(device, memory_format=torch.channels_last)
+        l1, gradient, kl = _compare(vae, images, generator)
+        figures = {"l1": l1.item(), "gradient": gradient.item(), "kl": kl.item()}
+        return l1 + config.gradient_weight * gradient + config.kl_weight * kl, figures
+
+    def report(step: int) -> dict[str, float]:
+        rebuilt = reconstruct(vae, held_out.to(device))
+        shown = torch.stack([held_out[:48:3], rebuilt[:48:3].cpu()], 1).flatten(0, 1)
+        save_grid(shown, stage_dir / f"sample-{step:06d}.png", columns=8)
+        return {"held_out_psnr": psnr(held_out, rebuilt.cpu())}
+
+    fit(stage_dir, config, vae, loss, report, seed=seed, device=device)
+    return vae
+
+
+def _compare(
+    vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Encode, sample and decode: (L1, L1 of the image gradients, KL in nats per latent dimension)."""
+    mean, logvar = vae.quant_conv(vae.encoder(images)).float().chunk(2, 1)  # 2 × (B, 4, H/4, W/4)
+    logvar = logvar.clamp(-30, 20)
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    rebuilt = vae.decode(mean + noise * (0.5 * logvar).exp()).sample.float()  # (B, 3, H, W)
+    across = F.l1_loss(rebuilt.diff(dim=3), images.diff(dim=3))
+    down = F.l1_loss(rebuilt.diff(dim=2), images.diff(dim=2))
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return F.l1_loss(rebuilt, images), across + down, kl
+
+
+def crop(images: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """A random square (B, 3, size, size) of each picture."""
+    corners = torch.randint(images.shape[-1] - size + 1, (len(images), 2), generator=generator).tolist()
+    pieces = [image[:, y : y + size, x : x + size] for image, (y, x) in zip(images, corners, strict=True)]
+    return torch.stack(pieces)
+
+
+def augment(
+    images: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    outline: float = 0.2,
+    recolour: float = 0.3,
+    move: float = 0.4,
+) -> torch.Tensor:
+    """Mirror, outline, recolour, move and scale pictures (B, 3, 64, 64) in [-1, 1], each with its probability.
+
+    The codec must carry what it has not seen: other placements, other colours, black outlines.
+    """
+    count = len(images)
+
+    def chosen(probability: float) -> torch.Tensor:
+        return (torch.rand(count, generator=generator) < probability)[:, None, None, None]
+
+    images = torch.where(chosen(0.5), images.flip(3), images)
+    # Black outline, one to two pixels wide, around whatever is not white.
+    inside = (images.amin(1, keepdim=True) < 0.9).float()
+    grown = F.max_pool2d(inside, 3, 1, 1)
+    wider = F.max_pool2d(grown, 3, 1, 1)
+    ring = torch.where(chosen(0.5), grown, wider) - inside
+    images = torch.where(chosen(outline) & (ring > 0), -1.0, images)
+    # Another colour for every shape: channels permuted, white kept.
+    order = torch.rand(count, 3, generator=generator).argsort(1)
+    images = torch.where(chosen(recolour), images.gather(1, order[:, :, None, None].expand_as(images)), images)
+    # Another place and size, on white.
+    scale = 1.15 ** (torch.rand(count, generator=generator) * 4 - 1)  # 0.87 … 1.52: shows the picture smaller or larger
+    shift = torch.rand(count, 2, generator=generator) * 0.3 - 0.15
+    affine = torch.zeros(count, 2, 3)
+    affine[:, 0, 0] = affine[:, 1, 1] = scale
+    affine[:, :, 2] = shift
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images - 1, grid, align_corners=False) + 1
+    return torch.where(chosen(move), moved, images)
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+    """Pictures (N, 3, H, W) in [-1, 1] through the latents' means and back."""
+    parts = [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in images.split(batch_size)]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def psnr(images: torch.Tensor, rebuilt: torch.Tensor) -> float:
+    """Mean over pictures in [-1, 1] of each one's peak signal-to-noise ratio, in dB."""
+    error = (images - rebuilt).square().mean((1, 2, 3)).clamp_min(1e-10)
+    return (10 * torch.log10(4 / error)).mean().item()
