@@ -1,0 +1,1 @@
+"""Pairs on disk → batches: folders of pairs, their cache, and the OpenMoji drawings."""

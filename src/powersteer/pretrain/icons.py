@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import re
 import shutil
@@ -15,12 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import Field
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 
 from powersteer.config import StrictConfig
+from powersteer.data.openmoji import plain_name
+from powersteer.data.svg import rasterise
 from powersteer.errors import PowersteerError
 
 IMAGE_SIZE = 64
@@ -202,11 +202,6 @@ def _emoji_names() -> dict[str, str]:
     return names
 
 
-def plain_name(emoji_name: str) -> str:
-    """``:fox_face:`` → ``fox face``."""
-    return emoji_name.strip(":").replace("_", " ").replace("’", "'").lower()
-
-
 def _squash(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
@@ -230,12 +225,3 @@ def _draw(source: IconSource, folder: Path, slug: str) -> np.ndarray[Any, Any]:
         f'width="{side}" height="{side}">{body}</svg>'
     )
     return rasterise(svg, IMAGE_SIZE)
-
-
-def rasterise(svg: str, size: int, background: str = "#ffffff") -> np.ndarray[Any, Any]:
-    """Draw an SVG as (3, size, size) uint8 on ``background``."""
-    import resvg_py
-
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background=background, skip_system_fonts=True)
-    with Image.open(io.BytesIO(bytes(png))) as image:
-        return np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy()

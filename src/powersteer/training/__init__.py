@@ -1,0 +1,1 @@
+"""Training a steering network: config, loop, held-out loss, checkpoints."""

@@ -1,0 +1,146 @@
+"""The commands: parse, call, print. No logic lives here."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from powersteer.errors import PowersteerError
+
+app = typer.Typer(
+    help="Steer a frozen text-to-image diffusion model with a picture of yours (Bayesian Power Steering).",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+out = Console()
+
+
+@app.command()
+def generate(
+    condition: Annotated[Path, typer.Option(help="The drawing to follow: PNG, JPEG, …", show_default=False)],
+    prompt: Annotated[str, typer.Option(help="What it shows.", show_default=False)],
+    adapter: Annotated[str, typer.Option(help="'sketch', or a folder that `train` wrote.")] = "sketch",
+    base: Annotated[str, typer.Option(help="The frozen base: a name or a folder.")] = "powersteer-tiny",
+    negative_prompt: Annotated[str, typer.Option(help="What to keep away from.")] = "",
+    seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
+    num_images: Annotated[int, typer.Option(min=1, max=64, help="Pictures, one seed each.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 30,
+    guidance_scale: Annotated[float, typer.Option(min=1.0, help="Strength of the text; 1 is none.")] = 3.0,
+    scale: Annotated[float, typer.Option(min=0.0, help="Strength of the steering; 0 is the prior.")] = 1.0,
+    out_dir: Annotated[Path, typer.Option("--out", help="Where the pictures go.")] = Path("generated"),
+) -> None:
+    """Make pictures that follow a drawing."""
+    from powersteer.generate import GenerateSettings
+    from powersteer.generate import generate as run
+
+    settings = GenerateSettings(
+        prompt=prompt,
+        condition=str(condition),
+        adapter=adapter,
+        base=base,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        num_images=num_images,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        scale=scale,
+    )
+    for path in run(settings, out_dir):
+        out.print(str(path), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/sketch.yaml.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like.")] = None,
+) -> None:
+    """Train a steering network on pairs; the same command goes on with an interrupted run."""
+    from powersteer.config import load_config
+    from powersteer.training.config import TrainConfig
+    from powersteer.training.loop import train as run
+
+    result = run(load_config(config, TrainConfig, overrides or []))
+    if result.interrupted:
+        out.print(f"stopped at step {result.step}; the same command goes on from there")
+        raise typer.Exit(130)
+    out.print(f"{result.adapter_dir}: best weights are of step {result.best_step} of {result.step}", soft_wrap=True)
+
+
+@app.command()
+def pretrain(
+    config: Annotated[Path, typer.Argument(help="See configs/powersteer-tiny.yaml.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value; a dot reaches into sections.")] = None,
+) -> None:
+    """Build the embedded base from icon sets, stage by stage; the same command goes on where it stopped."""
+    from powersteer.config import load_config
+    from powersteer.pretrain.config import PretrainConfig
+    from powersteer.pretrain.stages import pretrain as run
+
+    out.print(str(run(load_config(config, PretrainConfig, overrides or []))))
+
+
+@app.command()
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("demo"),
+    pairs: Annotated[int | None, typer.Option(min=2, help="Train on so few pairs; all by default.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer updates.")] = None,
+    pictures: Annotated[int, typer.Option(min=2, help="Held-out drawings to generate for.")] = 120,
+    seed: Annotated[int, typer.Option(help="Of the training and the first picture.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+) -> None:
+    """Learn to follow OpenMoji's drawings, then show on held-out ones that it does."""
+    from powersteer.demo import run_demo
+
+    result = run_demo(out_dir, pairs, steps, pictures, seed)
+    if result.interrupted:
+        out.print("stopped; the same command goes on from there")
+        raise typer.Exit(130)
+    if as_json:
+        out.print_json(json.dumps(result.metrics))
+        return
+    metrics = result.metrics
+    loss, lines = metrics["denoising_loss"], metrics["line_f1"]
+    table = Table("held out", "prior", "steered", "shuffled", "artist")
+    table.add_row("denoising loss ↓", *(f"{loss[kind]:.4f}" for kind in ("prior", "steered", "shuffled")), "")
+    table.add_row("line fidelity F1 ↑", *(f"{lines[k]:.3f}" for k in ("prior", "steered", "shuffled", "artist")))
+    out.print(table)
+    out.print(
+        f"loss {metrics['loss_reduction']:.0%} below the prior's; "
+        f"{lines['share_of_way']:.0%} of the way to the artist's lines; {metrics['minutes']:.1f} minutes"
+    )
+    for name in ("report.html", "grid.png", "metrics.json"):
+        out.print(str(out_dir / name), highlight=False)
+
+
+def main() -> None:
+    """Run a command; what the user can mend is one line on stderr and exit status 2."""
+    _quiet()
+    try:
+        app()
+    except PowersteerError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(2)
+
+
+def _quiet() -> None:
+    """Progress bars and notices of the libraries below say nothing that a user of ours can act on."""
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""SVG → pixels."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from powersteer.errors import PowersteerError
+
+
+def rasterise(svg: str, size: int, background: str = "#ffffff") -> np.ndarray[Any, Any]:
+    """Draw a square SVG as (3, size, size) uint8 on ``background``.
+
+    Raises:
+        PowersteerError: The rasteriser is not installed.
+        ValueError: The SVG is malformed.
+    """
+    try:
+        import resvg_py
+    except ImportError:
+        raise PowersteerError("drawing SVGs needs resvg-py: pip install 'powersteer[demo]'") from None
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background=background, skip_system_fonts=True)
+    with Image.open(io.BytesIO(bytes(png))) as image:
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy()

@@ -1,0 +1,176 @@
+"""The project's main job on any machine: learn to follow drawings, then show on held-out ones that it does."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from powersteer.base import load_adapter, load_base
+from powersteer.conditions.tensors import to_condition
+from powersteer.config import build_config
+from powersteer.data.encode import encode_pairs
+from powersteer.data.openmoji import prepare_openmoji
+from powersteer.data.pairs import PairFolder
+from powersteer.errors import PowersteerError
+from powersteer.evaluation.lines import line_f1
+from powersteer.evaluation.report import write_report
+from powersteer.generate import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, steered_pictures
+from powersteer.pictures import from_pil, save_grid
+from powersteer.training.config import TrainConfig
+from powersteer.training.heldout import HeldOut
+from powersteer.training.loop import train
+
+GRID_ROWS = 12
+TRAIN_MINUTES = 6.0
+"""The most that a slow machine trains; a fast one is done with its steps before."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Where the demo's results are, and its figures."""
+
+    out_dir: Path
+    metrics: dict[str, Any]
+    interrupted: bool = False
+
+
+def run_demo(
+    out_dir: Path, pairs: int | None = None, steps: int | None = None, pictures: int = 120, seed: int = 0
+) -> DemoResult:
+    """Prepare, train, generate, measure and report; a second run goes on where the first stopped.
+
+    Args:
+        out_dir: Everything is written here.
+        pairs: Train on so many pairs only (few-shot); all of them by default.
+        steps: Optimizer updates; fitted to the number of pairs by default.
+        pictures: How many held-out drawings to generate for.
+        seed: Of the training and of the first picture.
+
+    Raises:
+        PowersteerError: A package is missing, or ``out_dir`` cannot be written.
+    """
+    console = Console(stderr=True)
+    started = time.perf_counter()
+    data = prepare_openmoji(out_dir / "openmoji")
+    run_name = "adapter" if pairs is None else f"adapter-{pairs}"
+    config = build_config(
+        {
+            "train_data_dir": data / "train",
+            "validation_data_dir": data / "validation",
+            "output_dir": out_dir / run_name,
+            "cache_dir": out_dir / "cache",
+            "max_train_samples": pairs,
+            "max_train_steps": steps or (2000 if pairs is None else 600),
+            "max_train_minutes": TRAIN_MINUTES,
+            "validation_steps": 100 if pairs is None else 25,
+            "seed": seed,
+        },
+        TrainConfig,
+    )
+    trained = train(config)
+    if trained.interrupted:
+        return DemoResult(out_dir, {}, interrupted=True)
+
+    pipe = load_base()
+    model = load_adapter(str(trained.adapter_dir))
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    test = PairFolder(data / "test", (side, side))
+    console.print(f"measuring on {len(test)} held-out pairs")
+    held_out = HeldOut(pipe, encode_pairs(pipe, test, out_dir / "cache"), draws=2)
+    losses = {
+        "prior": held_out.losses(None).mean().item(),
+        "steered": held_out.losses(model).mean().item(),
+        "shuffled": held_out.losses(model, shuffled=True).mean().item(),
+    }
+
+    chosen = one_of_each_concept(test, pictures)
+    drawings = torch.stack([test.condition(i) for i in chosen]).float() / 255
+    made: dict[str, list[torch.Tensor]] = {"prior": [], "steered": [], "shuffled": []}
+    for batch in track(torch.arange(len(chosen)).split(20), "generating", transient=True, console=console):
+        prompts = [test.pairs[chosen[int(i)]].text for i in batch]
+        seeds = [seed + int(i) for i in batch]
+        others = drawings[(batch + len(chosen) // 2) % len(chosen)]
+        for kind, condition in (("prior", None), ("steered", drawings[batch]), ("shuffled", others)):
+            images = steered_pictures(
+                pipe, model, prompts, None if condition is None else to_condition(condition, 1), seeds=seeds
+            )
+            made[kind] += [from_pil(image) for image in images]
+    artist = torch.stack([test.image(i) for i in chosen])
+    pictured = {kind: torch.stack(images) for kind, images in made.items()}
+    fidelity = {kind: line_f1(drawings, images).mean().item() for kind, images in pictured.items()}
+    fidelity["artist"] = line_f1(drawings, artist).mean().item()
+    fidelity["share_of_way"] = (fidelity["steered"] - fidelity["prior"]) / (fidelity["artist"] - fidelity["prior"])
+
+    metrics: dict[str, Any] = {
+        "pairs": len(PairFolder(data / "train", (side, side), limit=pairs)),
+        "held_out_pairs": len(test),
+        "held_out_pictures": len(chosen),
+        "steps": trained.step,
+        "best_step": trained.best_step,
+        "train_seconds": round(trained.seconds, 1),
+        "parameters": model.num_parameters(),
+        "guidance_scale": GUIDANCE_SCALE,
+        "num_inference_steps": NUM_INFERENCE_STEPS,
+        "seed": seed,
+        "denoising_loss": losses,
+        "loss_reduction": 1 - losses["steered"] / losses["prior"],
+        "line_f1": fidelity,
+        "minutes": round((time.perf_counter() - started) / 60, 2),
+    }
+    try:
+        rows = spread(chosen, GRID_ROWS)
+        shown = torch.stack(
+            [
+                picture
+                for i in rows
+                for picture in (
+                    drawings[i].expand(3, -1, -1) * -2 + 1,
+                    pictured["prior"][i],
+                    pictured["steered"][i],
+                    artist[i],
+                )
+            ]
+        )
+        save_grid(shown, out_dir / "grid.png", columns=8)
+        (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_report(
+            out_dir / "report.html",
+            metrics,
+            [
+                {
+                    "text": test.pairs[chosen[i]].text,
+                    "pictures": {
+                        "drawing": drawings[i].expand(3, -1, -1) * -2 + 1,
+                        "prior, same seed": pictured["prior"][i],
+                        "steered": pictured["steered"][i],
+                        "the artist's picture": artist[i],
+                    },
+                }
+                for i in spread(chosen, 24)
+            ],
+            [json.loads(line) for line in (config.output_dir / "log.jsonl").read_text().splitlines()],
+        )
+    except OSError as error:
+        raise PowersteerError(f"cannot write to {out_dir}: {error.strerror}") from None
+    return DemoResult(out_dir, metrics)
+
+
+def one_of_each_concept(test: PairFolder, limit: int) -> list[int]:
+    """The first pair of each concept, at most ``limit``, spread evenly: not twenty skin tones of one emoji."""
+    metadata = (test.folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    first = {json.loads(line)["concept"]: i for i, line in reversed(list(enumerate(metadata)))}
+    indices = sorted(first.values())
+    return [indices[i] for i in spread(indices, limit)]
+
+
+def spread(items: list[int], count: int) -> list[int]:
+    """At most ``count`` positions in ``items``, evenly spread."""
+    count = min(count, len(items))
+    return [i * len(items) // count for i in range(count)]

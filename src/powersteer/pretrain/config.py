@@ -1,0 +1,26 @@
+"""The whole recipe of a base, one section a stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from powersteer.config import StrictConfig
+from powersteer.pretrain.clip import CLIPConfig
+from powersteer.pretrain.icons import DataConfig
+from powersteer.pretrain.text import TokenizerConfig
+from powersteer.pretrain.unet import UNetConfig
+from powersteer.pretrain.vae import VAEConfig
+
+
+class PretrainConfig(StrictConfig):
+    """`powersteer pretrain CONFIG.yaml`."""
+
+    output_dir: Path
+    seed: int = 0
+    init_from: str | None = None
+    """Go on from a finished base: its tokenizer, CLIP and VAE are taken as they are, its U-Net trained further."""
+    data: DataConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    clip: CLIPConfig
+    vae: VAEConfig
+    unet: UNetConfig

@@ -1,0 +1,76 @@
+"""All stages in order: an interrupted run goes on where it stopped, and ends with a base in diffusers' layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from rich.console import Console
+from transformers import CLIPModel, CLIPTokenizer
+
+from powersteer.base import embedded, load_base, load_clip, save_clip
+from powersteer.config import save_config
+from powersteer.errors import PowersteerError
+from powersteer.pretrain.clip import train_clip
+from powersteer.pretrain.config import PretrainConfig
+from powersteer.pretrain.icons import build_icons, load_icons
+from powersteer.pretrain.text import train_tokenizer
+from powersteer.pretrain.unet import set_scaling_factor, train_unet
+from powersteer.pretrain.vae import train_vae
+
+console = Console(stderr=True)
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Build the base, or go on building it, in ``config.output_dir``.
+
+    Returns:
+        The folder of the finished base.
+
+    Raises:
+        PowersteerError: The output folder cannot be written, or a source is missing.
+    """
+    root = config.output_dir
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        save_config(config, root / "config.yaml")
+    except OSError as error:
+        raise PowersteerError(f"cannot write to {root}: {error.strerror}") from None
+
+    if not (root / "data" / "icons.jsonl").exists():
+        build_icons(config.data, root / "data")
+    icons = load_icons(root / "data")
+    console.print(f"{len(icons.icons)} pictures")
+
+    unet = None
+    if config.init_from is not None:
+        start = load_base(config.init_from)
+        path = Path(config.init_from)
+        clip, tokenizer = load_clip(path if path.exists() else embedded(config.init_from))
+        vae, unet = start.vae, start.unet.requires_grad_(True)
+    else:
+        tokenizer = train_tokenizer(config.tokenizer, icons, root / "tokenizer")
+        clip = train_clip(config.clip, icons, tokenizer, root / "clip", seed=config.seed, device=device)
+        vae = train_vae(config.vae, icons, root / "vae", seed=config.seed, device=device)
+        set_scaling_factor(vae, icons)
+    for part in (clip, vae):
+        part.requires_grad_(False).eval()
+    pipe = train_unet(
+        config.unet, icons, tokenizer, clip, vae, root / "unet", unet=unet, seed=config.seed, device=device
+    )
+    return export(pipe, clip, tokenizer, root / "base", json.loads((root / "data" / "notices.json").read_text()))
+
+
+def export(
+    pipe: StableDiffusionPipeline, clip: CLIPModel, tokenizer: CLIPTokenizer, out_dir: Path, notices: dict[str, object]
+) -> Path:
+    """Write the base in half precision, diffusers' layout, with its CLIP and the notices of its data."""
+    pipe.to(dtype=torch.float16)
+    pipe.save_pretrained(out_dir)
+    save_clip(clip, out_dir)
+    (out_dir / "notices.json").write_text(json.dumps(notices, indent=2) + "\n", encoding="utf-8")
+    size = sum(file.stat().st_size for file in out_dir.rglob("*") if file.is_file())
+    console.print(f"{out_dir}: {size / 1e6:.1f} MB")
+    return out_dir

@@ -1,0 +1,212 @@
+"""Stage 5, U-Net: text-to-image denoiser on cached latents and text states."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.training_utils import compute_snr
+from pydantic import Field
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from powersteer.pictures import save_grid
+from powersteer.pretrain.clip import caption_ranks
+from powersteer.pretrain.fit import FitConfig, fit
+from powersteer.pretrain.icons import IconSet, captions
+from powersteer.pretrain.text import tokenize
+
+LATENT_SIZE = 16
+_PEOPLE = ("man", "woman", "person", "men", "women", "people", "family", "couple", "kiss", "boy", "girl")
+
+
+class UNetConfig(FitConfig):
+    """The denoiser's size, its training and what it is judged by."""
+
+    block_out_channels: tuple[int, ...] = (64, 128, 160)
+    layers_per_block: int = 2
+    attention_levels: tuple[bool, ...] = (False, True, True)
+    attention_head_dim: tuple[int, ...] = (2, 4, 5)
+    """Heads at each level (diffusers' U-Net calls their number so)."""
+    norm_num_groups: int = 16
+    beta_start: float = 0.00085
+    beta_end: float = 0.02
+    snr_gamma: float = Field(default=5.0, gt=0)
+    """Min-SNR weighting (Hang et al., ICCV 2023)."""
+    empty_prompt_share: float = Field(default=0.1, ge=0, lt=1)
+    people_weight: float = Field(default=0.4, gt=0, le=1)
+    """How often a picture of people is drawn against any other: they are many and alike."""
+    guidance_scale: float = Field(default=4.0, ge=1)
+    num_inference_steps: int = Field(default=25, gt=0)
+    sample_prompts: list[str] = []
+    """Plain prompts of the sample grid."""
+
+
+def build_unet(config: UNetConfig, cross_attention_dim: int, latent_channels: int) -> UNet2DConditionModel:
+    """An untrained denoiser."""
+    down = tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in config.attention_levels)
+    up = tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(config.attention_levels))
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        down_block_types=down,
+        up_block_types=up,
+        attention_head_dim=config.attention_head_dim,
+        norm_num_groups=config.norm_num_groups,
+        cross_attention_dim=cross_attention_dim,
+    )
+
+
+def build_scheduler(config: UNetConfig) -> DDIMScheduler:
+    """The noise schedule, ε-prediction: Stable Diffusion's, ending in more noise since these pictures are small."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+@torch.no_grad()
+def encode_latents(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+    """Unscaled latent means (N, 4, 16, 16) of pictures (N, 3, 64, 64) in [-1, 1]."""
+    return torch.cat([vae.encode(part.to(vae.device)).latent_dist.mode().cpu() for part in images.split(batch_size)])
+
+
+def set_scaling_factor(vae: AutoencoderKL, icons: IconSet) -> None:
+    """Record the factor that gives the training latents unit variance."""
+    sample = icons.select(use="all", held_out=False)[::8]
+    vae.register_to_config(scaling_factor=1 / encode_latents(vae, icons.images(sample)).std().item())
+
+
+def train_unet(
+    config: UNetConfig,
+    icons: IconSet,
+    tokenizer: CLIPTokenizer,
+    clip: CLIPModel,
+    vae: AutoencoderKL,
+    stage_dir: Path,
+    *,
+    unet: UNet2DConditionModel | None = None,
+    seed: int,
+    device: torch.device,
+) -> StableDiffusionPipeline:
+    """Train the denoiser, a new one or ``unet`` further; returns the whole base as a stock pipeline."""
+    text_encoder = clip.text_model
+    torch.manual_seed(seed)
+    unet = unet or build_unet(config, text_encoder.config.hidden_size, vae.config.latent_channels)
+    unet.set_attn_processor(AttnProcessor())  # on small maps faster in training than the fused kernel
+    unet.to(device, memory_format=torch.channels_last)
+    scheduler = build_scheduler(config)
+    pipe = assemble(vae, text_encoder, tokenizer, unet, scheduler)
+
+    train = icons.select(use="all", held_out=False)
+    rows = [icons.icons[int(i)] for i in train]
+    images = icons.images(train)
+    scale = vae.config.scaling_factor
+    latents = torch.stack([encode_latents(vae, images), encode_latents(vae, images.flip(3))], 1) * scale
+    mirrored = torch.tensor([row.mirrored for row in rows])
+    frequency = torch.tensor([config.people_weight if row.name.startswith(_PEOPLE) else 1.0 for row in rows])
+    texts = sorted({caption for row in rows for caption in captions(row.name, row.style)})
+    row_of = {text: i for i, text in enumerate(texts)}
+    states = torch.cat([encode_text(text_encoder, tokenizer, texts[i : i + 512]) for i in range(0, len(texts), 512)])
+    empty = encode_text(text_encoder, tokenizer, [""])[0]
+    held_out = icons.select(use="all", held_out=True)
+    held_out_latents = encode_latents(vae, icons.images(held_out)) * scale
+    held_out_names = [icons.icons[int(i)].name for i in held_out]
+    held_out_states = encode_text(text_encoder, tokenizer, [f"icon of {name}" for name in held_out_names])
+
+    alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    denoise = torch.compile(unet)
+
+    def loss(_: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        size = config.batch_size
+        picks = torch.multinomial(frequency, size, replacement=True, generator=generator)
+        flips = (torch.rand(size, generator=generator) < 0.5) & mirrored[picks]
+        rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
+        chosen = [row_of[rng.choice(captions(rows[int(i)].name, rows[int(i)].style))] for i in picks]
+        text = states[torch.tensor(chosen)].clone()
+        text[torch.rand(size, generator=generator) < config.empty_prompt_share] = empty
+        clean = latents[picks, flips.long()]
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(len(alphas_cumprod), (size,), generator=generator)
+        noisy = scheduler.add_noise(clean, noise, timesteps).to(device, memory_format=torch.channels_last)
+        guess = denoise(noisy, timesteps.to(device), text.to(device, torch.float32), return_dict=False)[0]
+        error = F.mse_loss(guess.float(), noise.to(device), reduction="none").mean((1, 2, 3))
+        snr = compute_snr(scheduler, timesteps)
+        weight = (snr.clamp(max=config.snr_gamma) / snr).to(device)
+        return (weight * error).mean(), {"error": error.mean().item()}
+
+    def report(step: int) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(held_out_latents.shape, generator=generator)
+        timesteps = torch.linspace(20, 980, len(held_out_latents)).long()
+        noisy = scheduler.add_noise(held_out_latents, noise, timesteps)
+        guess = torch.cat([
+            unet(a.to(device), t.to(device), s.to(device, torch.float32)).sample.cpu()
+            for a, t, s in zip(noisy.split(64), timesteps.split(64), held_out_states.split(64), strict=True)
+        ])
+        if config.sample_prompts:
+            save_grid(sample(pipe, config, config.sample_prompts), stage_dir / f"sample-{step:06d}.png", columns=8)
+        names = sorted(set(held_out_names))
+        made = sample(pipe, config, [f"icon of {name}" for name in names])
+        ranks = caption_ranks(clip, tokenizer, made, names, torch.arange(len(names)))
+        return {
+            "held_out_error": F.mse_loss(guess, noise).item(),
+            "generated_top5": (ranks < 5).float().mean().item(),
+        }
+
+    fit(stage_dir, config, unet, loss, report, seed=seed, device=device)
+    return pipe
+
+
+@torch.no_grad()
+def encode_text(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Text states (B, 24, D), half precision."""
+    device = text_encoder.device
+    return text_encoder(tokenize(tokenizer, texts).to(device)).last_hidden_state.half().cpu()
+
+
+def assemble(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+) -> StableDiffusionPipeline:
+    """The stock pipeline, without a safety checker: it draws icons."""
+    pipe = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False  # type: ignore[arg-type]
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def sample(
+    pipe: StableDiffusionPipeline, config: UNetConfig, prompts: list[str], seed: int = 0, batch_size: int = 34
+) -> torch.Tensor:
+    """Pictures (N, 3, 64, 64) in [-1, 1] for plain prompts, one seed each."""
+    pictures: list[torch.Tensor] = []
+    for i in range(0, len(prompts), batch_size):
+        part = prompts[i : i + batch_size]
+        generators = [torch.Generator().manual_seed(seed + i + k) for k in range(len(part))]
+        made = pipe(
+            part,
+            height=4 * LATENT_SIZE,
+            width=4 * LATENT_SIZE,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            generator=generators,
+            output_type="pt",
+        ).images
+        pictures.append(made.cpu() * 2 - 1)
+    return torch.cat(pictures)

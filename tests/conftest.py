@@ -1,0 +1,120 @@
+"""Tiny real components: a U-Net, VAE and text encoder of a few channels, in diffusers' own classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageDraw
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from powersteer import BPSModel
+
+torch.set_num_threads(2)
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Zero-initialised weights made random: a test on a zero adapter proves nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if name != "weights":
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return module.eval()
+
+
+def build_pipe() -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    words = ["a fox", "a red house", "a cat face", "two fish", "the moon"]
+    tokenizer = CLIPTokenizer().train_new_from_iterator([words], vocab_size=600, show_progress=False)
+    tokenizer.model_max_length = 12
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=12,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    pipe = StableDiffusionPipeline(
+        vae.eval(), text_encoder.eval(), tokenizer, unet.eval(), scheduler, None, None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe() -> StableDiffusionPipeline:
+    return build_pipe()
+
+
+@pytest.fixture
+def model(pipe) -> BPSModel:
+    torch.manual_seed(1)
+    return randomise(BPSModel.from_unet(pipe.unet, pixel_unshuffle=4, weights=[0.5, 0.4, 0.3, 0.2]))
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    build_pipe().save_pretrained(folder)
+    return folder
+
+
+def draw_pairs(folder: Path, count: int, seed: int = 0, size: int = 32) -> Path:
+    """Real files: boxes of one colour with a dark outline, and the outline alone as the drawing."""
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    (folder / "drawings").mkdir()
+    rows = []
+    for i in range(count):
+        x, y = rng.integers(2, size // 2 - 2, 2).tolist()
+        box = (x, y, x + size // 2, y + size // 2)
+        picture, drawing = Image.new("RGB", (size, size), "white"), Image.new("L", (size, size), 0)
+        ImageDraw.Draw(picture).rectangle(box, fill=tuple(rng.integers(80, 255, 3).tolist()), outline="black", width=2)
+        ImageDraw.Draw(drawing).rectangle(box, outline=255, width=2)
+        picture.save(folder / "images" / f"{i}.png")
+        drawing.save(folder / "drawings" / f"{i}.png")
+        row = {"file_name": f"images/{i}.png", "conditioning_image_file_name": f"drawings/{i}.png", "text": "a fox"}
+        rows.append(json.dumps({**row, "concept": str(i)}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture
+def pairs_dir(tmp_path) -> Path:
+    return draw_pairs(tmp_path / "pairs", 12)

@@ -1,0 +1,137 @@
+"""What a person types and reads: one clear line for whatever they can mend, exit status 2, nothing changed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import draw_pairs, randomise
+from PIL import Image, ImageDraw
+
+from powersteer import BPSModel, cli
+from powersteer.base import load_base
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["powersteer", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def adapter_dir(tmp_path, base_dir):
+    unet = load_base(str(base_dir)).unet
+    randomise(BPSModel.from_unet(unet, pixel_unshuffle=4, weights="uniform")).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def drawing(tmp_path):
+    image = Image.new("RGB", (100, 80), "white")
+    ImageDraw.Draw(image).ellipse((20, 10, 80, 70), outline="black", width=4)
+    image.save(tmp_path / "drawing.png")
+    return tmp_path / "drawing.png"
+
+
+def test_generate_writes_pictures_that_carry_their_settings(run, tmp_path, base_dir, adapter_dir, drawing):
+    args = ["generate", "--condition", drawing, "--prompt", "a fox", "--adapter", adapter_dir, "--base", base_dir]
+    args += ["--steps", 2, "--num-images", 2, "--seed", 5, "--out", tmp_path / "out"]
+    code, out, _ = run(*args)
+    assert code == 0
+    files = [line for line in out.splitlines() if line]
+    assert [os.path.basename(file) for file in files] == ["00000-seed5.png", "00000-seed6.png", "grid.png"]
+    with Image.open(files[1]) as picture:
+        settings = json.loads(picture.text["powersteer"])
+        first = picture.convert("RGB").tobytes()
+    assert settings["prompt"] == "a fox" and settings["seed"] == 6 and settings["inverted"] is True
+    run(*args)  # the same seed gives the same picture; nothing is overwritten
+    with Image.open(tmp_path / "out" / "00001-seed6.png") as picture:
+        assert picture.convert("RGB").tobytes() == first
+
+
+def one_line(result, *parts):
+    code, _, err = result
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+    for part in parts:
+        assert part in err, err
+
+
+def test_bad_generate_input_is_one_line_each(run, tmp_path, base_dir, adapter_dir, drawing):
+    def generate(condition=drawing, prompt="a fox", adapter=adapter_dir, base=base_dir, out=tmp_path / "out"):
+        args = ["--condition", condition, "--prompt", prompt, "--adapter", adapter, "--base", base, "--out", out]
+        return run("generate", "--steps", 1, *args)
+
+    broken, tiny, deep = tmp_path / "broken.png", tmp_path / "tiny.png", tmp_path / "deep.png"
+    broken.write_bytes(drawing.read_bytes()[:60])
+    Image.new("L", (3, 3)).save(tiny)
+    Image.new("I;16", (64, 64)).save(deep)
+    (tmp_path / "empty").mkdir()
+    one_line(generate(condition=tmp_path / "none.png"), "none.png does not exist")
+    one_line(generate(condition=broken), "broken.png is not a readable picture")
+    one_line(generate(condition=tiny), "tiny.png is 3×3 pixels: too small")
+    one_line(generate(condition=deep), "save it with 8 bits a channel")
+    one_line(generate(prompt="  "), "the prompt is empty")
+    one_line(generate(adapter=tmp_path / "empty"), "holds no config.json")
+    one_line(generate(base=tmp_path / "empty"), "cannot load the base", "model_index.json")
+    one_line(generate(out=drawing / "out"), "cannot write to")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_train_input_is_one_line_each(run, tmp_path, base_dir):
+    good = {
+        "pretrained_model_name_or_path": str(base_dir),
+        "train_data_dir": str(draw_pairs(tmp_path / "pairs", 4)),
+        "output_dir": str(tmp_path / "run"),
+    }
+    config = tmp_path / "train.yaml"
+
+    def train(*overrides, **changes):
+        config.write_text(json.dumps(good | changes))
+        return run("train", config, *overrides)
+
+    one_line(run("train", tmp_path / "none.yaml"), "cannot read the configuration")
+    one_line(train(learning_rat=1e-4), "unknown key 'learning_rat'", "did you mean 'learning_rate'?")
+    one_line(train("max_train_steps=soon"), "'max_train_steps'", "valid integer")
+    one_line(train("steps"), "not of the form key=value")
+    one_line(train(train_data_dir=str(tmp_path / "none")), "metadata.jsonl")
+    (tmp_path / "file").write_text("")
+    one_line(train(output_dir=str(tmp_path / "file" / "run")), "cannot write to")
+    config.write_text("a: [")
+    one_line(run("train", config), "not valid YAML")
+    config.write_text("- 1")
+    one_line(run("train", config), "must hold `key: value` pairs")
+
+
+def test_train_then_generate_with_it(run, tmp_path, base_dir, drawing):
+    config = tmp_path / "train.yaml"
+    pairs = draw_pairs(tmp_path / "pairs", 6)
+    config.write_text(f"train_data_dir: {pairs}\noutput_dir: {tmp_path / 'run'}\npretrained_model_name_or_path: {base_dir}")
+    code, out, _ = run("train", config, "max_train_steps=2", "train_batch_size=2", "learning_rate=1e-4")
+    assert code == 0 and "best weights are of step 2 of 2" in out
+    code, *_ = run(
+        "generate", "--condition", drawing, "--prompt", "x", "--adapter", tmp_path / "run", "--base", base_dir,
+        "--steps", 1, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0 and (tmp_path / "out" / "grid.png").exists()
+
+
+def test_help_reads_well_at_80_columns_and_needs_no_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "powersteer.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"}, check=True)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    for command in ("generate", "train", "pretrain", "demo"):
+        assert command in done.stdout
+    assert "torch" not in done.stderr
+
+
+def test_a_missing_option_exits_with_2():
+    done = subprocess.run([sys.executable, "-m", "powersteer.cli", "generate"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--condition" in done.stderr and "Traceback" not in done.stderr
