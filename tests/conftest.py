@@ -71,7 +71,14 @@ def build_pipe() -> StableDiffusionPipeline:
         steps_offset=1,
     )
     pipe = StableDiffusionPipeline(
-        vae.eval(), text_encoder.eval(), tokenizer, unet.eval(), scheduler, None, None, requires_safety_checker=False
+        vae.eval(),
+        text_encoder.eval(),
+        tokenizer,
+        unet.eval(),
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -109,7 +116,11 @@ def draw_pairs(folder: Path, count: int, seed: int = 0, size: int = 32) -> Path:
         ImageDraw.Draw(drawing).rectangle(box, outline=255, width=2)
         picture.save(folder / "images" / f"{i}.png")
         drawing.save(folder / "drawings" / f"{i}.png")
-        row = {"file_name": f"images/{i}.png", "conditioning_image_file_name": f"drawings/{i}.png", "text": "a fox"}
+        row = {
+            "file_name": f"images/{i}.png",
+            "conditioning_image_file_name": f"drawings/{i}.png",
+            "text": "a fox",
+        }
         rows.append(json.dumps({**row, "concept": str(i)}))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     return folder

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import draw_pairs, randomise
 from PIL import Image, ImageDraw
 
+from conftest import draw_pairs, randomise
 from powersteer import BPSModel, cli
 from powersteer.base import load_base
 
@@ -41,12 +42,22 @@ def drawing(tmp_path):
 
 
 def test_generate_writes_pictures_that_carry_their_settings(run, tmp_path, base_dir, adapter_dir, drawing):
-    args = ["generate", "--condition", drawing, "--prompt", "a fox", "--adapter", adapter_dir, "--base", base_dir]
+    args = [
+        "generate",
+        "--condition",
+        drawing,
+        "--prompt",
+        "a fox",
+        "--adapter",
+        adapter_dir,
+        "--base",
+        base_dir,
+    ]
     args += ["--steps", 2, "--num-images", 2, "--seed", 5, "--out", tmp_path / "out"]
     code, out, _ = run(*args)
     assert code == 0
     files = [line for line in out.splitlines() if line]
-    assert [os.path.basename(file) for file in files] == ["00000-seed5.png", "00000-seed6.png", "grid.png"]
+    assert [Path(file).name for file in files] == ["00000-seed5.png", "00000-seed6.png", "grid.png"]
     with Image.open(files[1]) as picture:
         settings = json.loads(picture.text["powersteer"])
         first = picture.convert("RGB").tobytes()
@@ -66,7 +77,18 @@ def one_line(result, *parts):
 
 def test_bad_generate_input_is_one_line_each(run, tmp_path, base_dir, adapter_dir, drawing):
     def generate(condition=drawing, prompt="a fox", adapter=adapter_dir, base=base_dir, out=tmp_path / "out"):
-        args = ["--condition", condition, "--prompt", prompt, "--adapter", adapter, "--base", base, "--out", out]
+        args = [
+            "--condition",
+            condition,
+            "--prompt",
+            prompt,
+            "--adapter",
+            adapter,
+            "--base",
+            base,
+            "--out",
+            out,
+        ]
         return run("generate", "--steps", 1, *args)
 
     broken, tiny, deep = tmp_path / "broken.png", tmp_path / "tiny.png", tmp_path / "deep.png"
@@ -113,7 +135,9 @@ def test_bad_train_input_is_one_line_each(run, tmp_path, base_dir):
 def test_train_then_generate_with_it(run, tmp_path, base_dir, drawing):
     config = tmp_path / "train.yaml"
     pairs = draw_pairs(tmp_path / "pairs", 6)
-    config.write_text(f"train_data_dir: {pairs}\noutput_dir: {tmp_path / 'run'}\npretrained_model_name_or_path: {base_dir}")
+    config.write_text(
+        f"train_data_dir: {pairs}\noutput_dir: {tmp_path / 'run'}\npretrained_model_name_or_path: {base_dir}"
+    )
     code, out, _ = run("train", config, "max_train_steps=2", "train_batch_size=2", "learning_rate=1e-4")
     assert code == 0 and "best weights are of step 2 of 2" in out
     code, *_ = run(

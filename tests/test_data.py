@@ -4,9 +4,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from conftest import draw_pairs
 from PIL import Image
 
+from conftest import draw_pairs
 from powersteer import PowersteerError
 from powersteer.data.encode import encode_pairs
 from powersteer.data.openmoji import concept_of, draw_pair, list_drawings, split_by_concept
@@ -90,7 +90,10 @@ def _rewrite(folder, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: rows[2].update(file_name="images/none.png"), r"\[2\]: '.*none.png' not found \(column file_name\)"),
+        (
+            lambda rows: rows[2].update(file_name="images/none.png"),
+            r"\[2\]: '.*none.png' not found \(column file_name\)",
+        ),
         (lambda rows: rows[1].pop("text"), r"\[1\]: column 'text' is missing"),
         (lambda rows: rows.insert(4, "{"), r"\[4\]: not a JSON object"),
         (lambda rows: rows.clear(), "has no rows"),

@@ -2,9 +2,9 @@ import json
 
 import pytest
 import torch
-from conftest import randomise
 from diffusers import UNet2DConditionModel
 
+from conftest import randomise
 from powersteer import BPSModel
 from powersteer.model import LightBlock, SelfAttention, TimeResBlock, integration_weights
 
@@ -47,7 +47,10 @@ def test_integration_weights_scale_the_residuals(pipe):
     inputs = torch.rand(1, 1, 32, 32), torch.randn(1, 64)
     got, unit = heavy(*inputs), plain(*inputs)
     for residual, base, weight in zip(
-        [*got.down, got.mid, *got.up], [*unit.down, unit.mid, *unit.up], [6, 6, 5, 5, 4, *[3] * 6], strict=True
+        [*got.down, got.mid, *got.up],
+        [*unit.down, unit.mid, *unit.up],
+        [6, 6, 5, 5, 4, *[3] * 6],
+        strict=True,
     ):
         torch.testing.assert_close(residual, weight * base)
 

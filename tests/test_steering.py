@@ -21,7 +21,12 @@ def unet_inputs(batch: int = 2):
 def pictures(pipe, prompts, seeds, guidance_scale=4.0, **kwargs):
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipe(
-        prompts, num_inference_steps=3, guidance_scale=guidance_scale, generator=generators, output_type="pt", **kwargs
+        prompts,
+        num_inference_steps=3,
+        guidance_scale=guidance_scale,
+        generator=generators,
+        output_type="pt",
+        **kwargs,
     ).images
 
 
@@ -161,7 +166,10 @@ def test_what_does_not_fit_is_refused_in_words(pipe, model, condition, message):
 
 
 def test_too_many_conditions_for_the_prompts_are_refused(pipe, model):
-    with pytest.raises(PowersteerError, match="2 conditions for 3 images"), steer(pipe, model, [drawing(4), drawing(8)]):
+    with (
+        pytest.raises(PowersteerError, match="2 conditions for 3 images"),
+        steer(pipe, model, [drawing(4), drawing(8)]),
+    ):
         pictures(pipe, ["a fox"] * 3, [0, 1, 2])
 
 
@@ -172,7 +180,8 @@ def test_a_network_of_another_shape_is_refused(pipe):
 
     with torch.device("meta"):
         other = BPSModel.from_unet(UNet2DConditionModel(cross_attention_dim=8, block_out_channels=(32, 64, 64, 64)))
-    with pytest.raises(PowersteerError, match=r"widths \(32, 64, 64, 64\), this one has \(16, 32\)"), steer(
-        pipe, other, torch.rand(1, 1, 32, 32)
+    with (
+        pytest.raises(PowersteerError, match=r"widths \(32, 64, 64, 64\), this one has \(16, 32\)"),
+        steer(pipe, other, torch.rand(1, 1, 32, 32)),
     ):
         pass

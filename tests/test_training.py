@@ -3,8 +3,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import build_pipe, draw_pairs
 
+from conftest import build_pipe, draw_pairs
 from powersteer import BPSModel, PowersteerError, steer
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import PairFolder
@@ -99,7 +99,7 @@ def test_damaged_checkpoint_is_one_clear_error(config):
 def test_non_finite_loss_stops_and_saves_nothing(config):
     train(config)
     before = weights(config.output_dir)
-    with pytest.raises(PowersteerError, match="the loss is .* at step"):
+    with pytest.raises(PowersteerError, match=r"the loss is .* at step"):
         train(config.model_copy(update={"max_train_steps": 40, "learning_rate": 1e30, "max_grad_norm": 1e30}))
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(config.output_dir).items())
 

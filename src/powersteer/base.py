@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -40,7 +41,7 @@ def load_base(name_or_path: str = EMBEDDED_BASE, dtype: torch.dtype = torch.floa
     source = str(path) if path.exists() else name_or_path
     try:
         with _no_progress_bars():
-            pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+            pipe: Any = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PowersteerError(
@@ -87,7 +88,7 @@ def load_clip(base: Path) -> tuple[CLIPModel, CLIPTokenizer]:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def _no_progress_bars() -> Generator[None]:
     """Loading takes a moment; its bars would bury what a person wants to read."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     shown = [library for library in libraries if library.is_progress_bar_enabled()]
@@ -104,4 +105,7 @@ def save_clip(clip: CLIPModel, base: Path) -> None:
     """Write what `load_clip` reads beside the text encoder, in half precision."""
     weights = {name: tensor for name, tensor in clip.state_dict().items() if not name.startswith("text_model.")}
     clip.config.save_pretrained(base / "clip")
-    save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, base / "clip" / "model.safetensors")
+    save_file(
+        {name: tensor.half().contiguous() for name, tensor in weights.items()},
+        base / "clip" / "model.safetensors",
+    )

@@ -52,7 +52,11 @@ def load_config(path: Path, kind: type[ConfigT], overrides: Sequence[str] = ()) 
 
 
 def build_config(
-    values: dict[str, Any], kind: type[ConfigT], overrides: Sequence[str] = (), *, where: str = "configuration"
+    values: dict[str, Any],
+    kind: type[ConfigT],
+    overrides: Sequence[str] = (),
+    *,
+    where: str = "configuration",
 ) -> ConfigT:
     """Validate ``values`` with ``overrides`` applied; see `load_config`."""
     for override in overrides:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -56,7 +57,7 @@ def generate(settings: GenerateSettings, out_dir: Path) -> list[Path]:
     pipe = load_base(settings.base)
     check_fits(model, pipe.unet)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    if model.config.conditioning_channels == 1:
+    if model.config["conditioning_channels"] == 1:
         condition, inverted = sketch_condition(drawing, (side, side))
     else:
         condition, inverted = drawing.resize((side, side), Image.Resampling.LANCZOS), False
@@ -112,13 +113,14 @@ def steered_pictures(
     generators = [torch.Generator(pipe.device).manual_seed(seed) for seed in seeds]
 
     def run() -> list[Image.Image]:
-        return pipe(
+        made: Any = pipe(
             list(prompts),
             negative_prompt=[negative_prompt] * len(prompts),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             generator=generators,
-        ).images
+        )
+        return made.images
 
     if model is None or condition is None:
         return run()

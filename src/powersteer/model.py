@@ -163,7 +163,11 @@ class BPSModel(ModelMixin, ConfigMixin):
 
         self.conv_in = nn.Conv2d(conditioning_channels * pixel_unshuffle**2, widths[0], 3, padding=1)
         # CP
-        self.down_blocks, self.down_attentions, self.down_outputs = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.down_blocks, self.down_attentions, self.down_outputs = (
+            nn.ModuleList(),
+            nn.ModuleList(),
+            nn.ModuleList(),
+        )
         self.downsamplers = nn.ModuleList()
         width, skip_widths = widths[0], [widths[0]]
         for level, (out, depth) in enumerate(zip(widths, depths, strict=True)):
@@ -216,21 +220,23 @@ class BPSModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: ``weights`` is unknown or of the wrong length.
         """
-        widths = tuple(unet.config.block_out_channels)
-        depth = unet.config.layers_per_block
+        widths = tuple(unet.config["block_out_channels"])
+        depth = unet.config["layers_per_block"]
         if isinstance(weights, str):
             down, mid, up = integration_weights(weights, len(widths))
         elif len(weights) == len(widths) + 2:
             *down, mid, up = weights
         else:
-            raise ValueError(f"weights has {len(weights)} numbers; {len(widths)} levels, TP and EP need {len(widths) + 2}")
+            raise ValueError(
+                f"weights has {len(weights)} numbers; {len(widths)} levels, TP and EP need {len(widths) + 2}"
+            )
         return cls(
             conditioning_channels=conditioning_channels,
             pixel_unshuffle=pixel_unshuffle,
             block_out_channels=widths,
             layers_per_block=(depth,) * len(widths) if isinstance(depth, int) else tuple(depth),
             time_embed_dim=unet.time_embedding.linear_2.out_features,
-            norm_num_groups=unet.config.norm_num_groups,
+            norm_num_groups=unet.config["norm_num_groups"],
             down_weights=tuple(down),
             mid_weight=mid,
             up_weight=up,
@@ -244,14 +250,14 @@ class BPSModel(ModelMixin, ConfigMixin):
             condition: (B, C, H, W) in [0, 1], H and W the latents' times ``pixel_unshuffle``.
             time_embedding: (B, 4·w_0) or (1, 4·w_0), the U-Net's own, after its MLP.
         """
-        outermost = len(self.config.block_out_channels) - 1
+        outermost = len(self.config["block_out_channels"]) - 1
         weights = iter(self.weights.unbind())
-        h = self.conv_in(F.pixel_unshuffle(condition, self.config.pixel_unshuffle))  # (B, w_0, H/f, W/f)
+        h = self.conv_in(F.pixel_unshuffle(condition, self.config["pixel_unshuffle"]))  # (B, w_0, H/f, W/f)
         skips = [h]
 
         down: list[torch.Tensor] = []
         blocks = iter(zip(self.down_blocks, self.down_attentions, self.down_outputs, strict=True))
-        for level, depth in enumerate(self.config.layers_per_block):
+        for level, depth in enumerate(self.config["layers_per_block"]):
             for _ in range(depth):
                 block, attention, output = next(blocks)
                 h = attention(block(h, time_embedding))  # (B, w_l, H/f/2^l, W/f/2^l)
@@ -267,7 +273,7 @@ class BPSModel(ModelMixin, ConfigMixin):
 
         up: list[torch.Tensor] = []
         light = iter(zip(self.up_blocks, self.up_outputs, strict=True))
-        for step, depth in enumerate(reversed(self.config.layers_per_block)):
+        for step, depth in enumerate(reversed(self.config["layers_per_block"])):
             for _ in range(depth + 1):
                 block, output = next(light)
                 h = block(torch.cat([h, skips.pop()], 1))  # (B, w_l, …)

@@ -18,9 +18,7 @@ _TIME_BLOCK = {
 _LIGHT_BLOCK = {"out_layers.0": "norm", "out_layers.3": "conv", "skip_connection": "conv_shortcut"}
 
 
-def rename_original(
-    state: Mapping[str, torch.Tensor], layers_per_block: Sequence[int]
-) -> dict[str, torch.Tensor]:
+def rename_original(state: Mapping[str, torch.Tensor], layers_per_block: Sequence[int]) -> dict[str, torch.Tensor]:
     """Rename the weights of the authors' network (LDM names, prefix removed) to `BPSModel`'s.
 
     Output convolutions that the method never uses (those of conv_in and of the stride-2 convolutions) are left out.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ Condition = torch.Tensor | Image.Image | Sequence[Image.Image]
 @contextmanager
 def steer(
     pipe: DiffusionPipeline | UNet2DConditionModel, model: BPSModel, condition: Condition, scale: float = 1.0
-) -> Iterator[None]:
+) -> Generator[None]:
     """Within the block, ``pipe`` denoises with the posterior p(image | text, condition).
 
     The network runs once a step for each distinct condition, not once for each row of the U-Net's batch.
@@ -44,7 +44,9 @@ def steer(
         unet, pipeline = pipe.unet, pipe
     check_fits(model, unet)
     parameter = next(model.parameters())
-    bridge = _Bridge(model, to_condition(condition, model.config.conditioning_channels).to(parameter), pipeline, scale)
+    bridge = _Bridge(
+        model, to_condition(condition, model.config["conditioning_channels"]).to(parameter), pipeline, scale
+    )
     with ExitStack() as hooks:
         hooks.enter_context(unet.register_forward_pre_hook(bridge.before_unet, with_kwargs=True))
         hooks.enter_context(unet.time_embedding.register_forward_hook(bridge.after_time_embedding))
@@ -53,11 +55,11 @@ def steer(
         yield
 
 
-def steered_layers(unet: UNet2DConditionModel) -> Iterator[tuple[int, nn.Module]]:
+def steered_layers(unet: Any) -> Iterator[tuple[int, nn.Module]]:
     """Every ResNet and spatial transformer of the U-Net with the position of its residual, in `Steering` order."""
     position = 0
 
-    def block_layers(block: nn.Module, start: int) -> Iterator[tuple[int, nn.Module]]:
+    def block_layers(block: Any, start: int) -> Iterator[tuple[int, nn.Module]]:
         for offset, resnet in enumerate(block.resnets):
             yield start + offset, resnet
         for offset, attention in enumerate(getattr(block, "attentions", [])):
@@ -81,10 +83,10 @@ def check_fits(model: BPSModel, unet: UNet2DConditionModel) -> None:
     Raises:
         PowersteerError: The widths or the time embedding differ.
     """
-    made_for, given = tuple(model.config.block_out_channels), tuple(unet.config.block_out_channels)
-    depth = unet.config.layers_per_block
+    made_for, given = tuple(model.config["block_out_channels"]), tuple(unet.config["block_out_channels"])
+    depth = unet.config["layers_per_block"]
     depths = (depth,) * len(given) if isinstance(depth, int) else tuple(depth)
-    if (made_for, tuple(model.config.layers_per_block)) != (given, depths):
+    if (made_for, tuple(model.config["layers_per_block"])) != (given, depths):
         raise PowersteerError(
             f"the adapter was made for a U-Net of widths {made_for}, this one has {given}: load the base it was "
             "trained on"
@@ -106,7 +108,7 @@ class _Bridge:
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         self.batch: int = sample.shape[0]
         self.one_timestep = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
-        wanted = tuple(self.model.config.pixel_unshuffle * side for side in sample.shape[-2:])
+        wanted = tuple(self.model.config["pixel_unshuffle"] * side for side in sample.shape[-2:])
         if tuple(self.condition.shape[-2:]) != wanted:
             raise PowersteerError(
                 f"the condition is {self.condition.shape[-2]}×{self.condition.shape[-1]} pixels, the picture "

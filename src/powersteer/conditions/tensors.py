@@ -33,9 +33,7 @@ def to_condition(condition: torch.Tensor | Image.Image | Sequence[Image.Image], 
         condition = torch.from_numpy(np.stack(arrays))
         condition = condition[:, None] if channels == 1 else condition.permute(0, 3, 1, 2)
     if condition.ndim != 4 or condition.shape[1] != channels:
-        raise PowersteerError(
-            f"the condition must have shape (N, {channels}, H, W), not {tuple(condition.shape)}"
-        )
+        raise PowersteerError(f"the condition must have shape (N, {channels}, H, W), not {tuple(condition.shape)}")
     low, high = condition.min().item(), condition.max().item()
     if not (low >= 0 and high <= 1):
         hint = "; did you forget to divide by 255?" if high > 1 else ""

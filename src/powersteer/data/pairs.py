@@ -101,5 +101,7 @@ class PairFolder:
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
             raise PowersteerError(f"{where} is not a readable picture") from None
         if pixels.shape[:2] != self.size:
-            raise PowersteerError(f"{where} is {pixels.shape[1]}×{pixels.shape[0]} pixels, not {self.size[1]}×{self.size[0]}")
+            raise PowersteerError(
+                f"{where} is {pixels.shape[1]}×{pixels.shape[0]} pixels, not {self.size[1]}×{self.size[0]}"
+            )
         return pixels

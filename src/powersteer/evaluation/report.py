@@ -22,9 +22,7 @@ td img { width: 96px; image-rendering: auto; border: 1px solid #ddd; display: bl
 """
 
 
-def write_report(
-    path: Path, metrics: dict[str, Any], rows: list[dict[str, Any]], log: list[dict[str, float]]
-) -> None:
+def write_report(path: Path, metrics: dict[str, Any], rows: list[dict[str, Any]], log: list[dict[str, float]]) -> None:
     """Write the page.
 
     Args:
@@ -82,12 +80,9 @@ def _curves(log: list[dict[str, float]], width: int = 720, height: int = 260) ->
     top = 1.6 * max((row["prior"] for row in log if "prior" in row), default=1.0)  # shuffled may leave the plot
     lines: list[str] = []
     for position, (name, colour) in enumerate(colours.items()):
-        points = [
-            f"{50 + (width - 60) * row['step'] / last:.1f},{height - 25 - (height - 35) * min(row[name], top) / top:.1f}"
-            for row in log
-            if name in row
-        ]
-        lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(points)}"/>')
+        points = [(row["step"] / last, min(row[name], top) / top) for row in log if name in row]
+        places = " ".join(f"{50 + (width - 60) * x:.1f},{height - 25 - (height - 35) * y:.1f}" for x, y in points)
+        lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{places}"/>')
         lines.append(f'<text x="{60 + 90 * position}" y="{height - 30}" fill="{colour}">{name}</text>')
     lines += [
         f'<text x="44" y="{height - 21 - (height - 35) * share:.0f}" text-anchor="end">{top * share:.2f}</text>'

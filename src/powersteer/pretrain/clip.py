@@ -35,10 +35,10 @@ class CLIPConfig(FitConfig):
 class _Student(nn.Module):
     """CLIP, and the head that maps its embeddings to the teacher's."""
 
-    def __init__(self, clip: CLIPModel, teacher_width: int) -> None:
+    def __init__(self, clip: CLIPModel, width: int, teacher_width: int) -> None:
         super().__init__()
         self.clip = clip
-        self.to_teacher = nn.Linear(clip.config.projection_dim, teacher_width)
+        self.to_teacher = nn.Linear(width, teacher_width)
 
 
 def build_clip(config: CLIPConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -71,7 +71,13 @@ def build_clip(config: CLIPConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def train_clip(
-    config: CLIPConfig, icons: IconSet, tokenizer: CLIPTokenizer, stage_dir: Path, *, seed: int, device: torch.device
+    config: CLIPConfig,
+    icons: IconSet,
+    tokenizer: CLIPTokenizer,
+    stage_dir: Path,
+    *,
+    seed: int,
+    device: torch.device,
 ) -> CLIPModel:
     """Train both towers; reports how often the right caption among the held-out names is in the first five."""
     stage_dir.mkdir(parents=True, exist_ok=True)
@@ -84,7 +90,7 @@ def train_clip(
     targets = teacher_embeddings(phrases).to(device)
     word_tokens = tokenize(tokenizer, phrases)
     torch.manual_seed(seed)
-    student = _Student(build_clip(config, tokenizer), targets.shape[1]).to(device)
+    student = _Student(build_clip(config, tokenizer), config.hidden_size, targets.shape[1])
     clip = student.clip
     clip.set_attn_implementation("eager")  # on so few tokens faster in training than the fused kernel
     read, look = torch.compile(embed_text), torch.compile(embed_images)
@@ -117,7 +123,10 @@ def train_clip(
         candidates = sorted({icons.icons[int(i)].name for i in held_out})
         truth = torch.tensor([candidates.index(icons.icons[int(i)].name) for i in held_out])
         ranks = caption_ranks(clip, tokenizer, icons.images(held_out).to(device), candidates, truth)
-        return {"held_out_top1": (ranks < 1).float().mean().item(), "held_out_top5": (ranks < 5).float().mean().item()}
+        return {
+            "held_out_top1": (ranks < 1).float().mean().item(),
+            "held_out_top5": (ranks < 5).float().mean().item(),
+        }
 
     fit(stage_dir, config, student, loss, report, seed=seed, device=device)
     return clip
@@ -145,7 +154,11 @@ def embed_images(clip: CLIPModel, images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def caption_ranks(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, images: torch.Tensor, candidates: list[str], truth: torch.Tensor
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    images: torch.Tensor,
+    candidates: list[str],
+    truth: torch.Tensor,
 ) -> torch.Tensor:
     """Rank (N,) of each picture's own caption, 0 best, among ``candidates``."""
     text = embed_text(clip, tokenize(tokenizer, [f"icon of {name}" for name in candidates]).to(clip.device))

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from powersteer.config import StrictConfig
+from powersteer.hardware import native_precision
 
 Loss = Callable[[int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
 """Draws a batch for a step with that step's own generator; returns the loss and the figures to log."""
@@ -39,8 +40,8 @@ class FitConfig(StrictConfig):
 
 def autocast(device: torch.device) -> Any:
     """bfloat16 where the hardware multiplies it natively, float32 elsewhere."""
-    native = torch.cpu._is_amx_tile_supported() if device.type == "cpu" else torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16) if native else nullcontext()
+    dtype = native_precision(device)
+    return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
 
 def fit(
@@ -66,6 +67,7 @@ def fit(
         device: Where to train.
     """
     stage_dir.mkdir(parents=True, exist_ok=True)
+    model.to(device).to(memory_format=torch.channels_last)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True

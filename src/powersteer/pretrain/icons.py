@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +59,7 @@ class DataConfig(StrictConfig):
     sources: list[IconSource] = Field(min_length=1)
     held_out_per_mille: int = Field(default=50, ge=1, le=500)
     """How many names in a thousand are held out, of every source alike."""
-    exclude_categories: list[str] = ["Flags", "Modifiers"]
+    exclude_categories: tuple[str, ...] = ("Flags", "Modifiers")
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,16 @@ def _fetch_package(package: str, npm_dir: Path) -> Path:
         if shutil.which("npm") is None:
             raise PowersteerError(f"npm is needed to fetch {package}: install Node.js, or unpack it to {folder}")
         npm_dir.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(npm_dir), package]
+        command = [
+            "npm",
+            "install",
+            "--no-audit",
+            "--no-fund",
+            "--ignore-scripts",
+            "--prefix",
+            str(npm_dir),
+            package,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise PowersteerError(f"npm could not install {package}: {done.stderr.strip()[-400:]}")
@@ -164,7 +174,7 @@ def _icons_json(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "icons.json").read_text(encoding="utf-8"))
 
 
-def _names(source: IconSource, folder: Path, exclude_categories: list[str]) -> dict[str, str]:
+def _names(source: IconSource, folder: Path, exclude_categories: Sequence[str]) -> dict[str, str]:
     """Icon slug → the name people use for it, skin-tone variants and excluded categories left out."""
     characters: dict[str, str] = {}
     if (folder / "chars.json").exists():

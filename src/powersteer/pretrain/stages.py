@@ -64,7 +64,11 @@ def pretrain(config: PretrainConfig) -> Path:
 
 
 def export(
-    pipe: StableDiffusionPipeline, clip: CLIPModel, tokenizer: CLIPTokenizer, out_dir: Path, notices: dict[str, object]
+    pipe: StableDiffusionPipeline,
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    out_dir: Path,
+    notices: dict[str, object],
 ) -> Path:
     """Write the base in half precision, diffusers' layout, with its CLIP and the notices of its data."""
     pipe.to(dtype=torch.float16)

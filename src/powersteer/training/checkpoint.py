@@ -16,7 +16,12 @@ from powersteer.model import BPSModel
 
 
 def save_checkpoint(
-    output_dir: Path, model: BPSModel, ema: EMAModel, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    output_dir: Path,
+    model: BPSModel,
+    ema: EMAModel,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
 ) -> None:
     """Write ``checkpoint-<step>`` and remove all but the newest ``keep``.
 
@@ -42,9 +47,7 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
-def load_checkpoint(
-    folder: Path, model: BPSModel, ema: EMAModel, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+def load_checkpoint(folder: Path, model: BPSModel, ema: EMAModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put a checkpoint's weights in place; returns its state.
 
     Raises:

@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from powersteer.config import save_config
 from powersteer.data.encode import EncodedPairs, encode_pairs
 from powersteer.data.pairs import PairFolder
 from powersteer.errors import PowersteerError
+from powersteer.hardware import native_precision
 from powersteer.model import BPSModel
 from powersteer.steering import steer
 from powersteer.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -79,7 +81,7 @@ def train(config: TrainConfig) -> TrainResult:
         num_training_steps=config.max_train_steps,
     )
 
-    state = {"step": 0, "seconds": 0.0, "best_step": 0, "best_loss": float("inf")}
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "best_step": 0, "best_loss": float("inf")}
     checkpoints = list_checkpoints(config.output_dir)
     if config.resume_from_checkpoint == "latest" and checkpoints:
         state = load_checkpoint(checkpoints[-1], network, ema, optimizer)
@@ -100,9 +102,7 @@ def train(config: TrainConfig) -> TrainResult:
                 rows = torch.randint(len(train_pairs), (config.train_batch_size,), generator=generator)
                 latents = train_pairs.latents[rows]  # (B, C, h, w)
                 noise = torch.randn(latents.shape, generator=generator)
-                timesteps = torch.randint(
-                    pipe.scheduler.config.num_train_timesteps, (len(rows),), generator=generator
-                )
+                timesteps = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(rows),), generator=generator)
                 noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
                 text_rows = train_pairs.text_rows[rows].clone()
                 text_rows[torch.rand(len(rows), generator=generator) < config.proportion_empty_prompts] = 0
@@ -127,9 +127,7 @@ def train(config: TrainConfig) -> TrainResult:
                 ema.step(parameters)
                 state["step"] += 1
                 state["seconds"] = time.perf_counter() - since
-                out_of_time = (
-                    config.max_train_minutes is not None and state["seconds"] > 60 * config.max_train_minutes
-                )
+                out_of_time = config.max_train_minutes is not None and state["seconds"] > 60 * config.max_train_minutes
                 progress.update(bar, advance=1, figures=f"loss {loss.item():.4f}  {figures}")
 
                 # 4. Held-out loss, the best weights, checkpoints.
@@ -169,6 +167,5 @@ def _encode(config: TrainConfig, pipe: StableDiffusionPipeline, folder: Path, li
 def _precision(wanted: str) -> str:
     if wanted != "auto":
         return wanted
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "no"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[native_precision(device)]

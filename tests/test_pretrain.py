@@ -1,0 +1,176 @@
+"""The stages that made the base, on a handful of icons and a few steps."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from powersteer import PowersteerError
+from powersteer.base import load_base, load_clip
+from powersteer.config import build_config
+from powersteer.pretrain.clip import caption_ranks
+from powersteer.pretrain.config import PretrainConfig
+from powersteer.pretrain.icons import (
+    DataConfig,
+    IconSource,
+    _names,
+    build_icons,
+    captions,
+    is_held_out,
+    load_icons,
+)
+from powersteer.pretrain.stages import pretrain
+from powersteer.pretrain.text import tokenize
+from powersteer.pretrain.vae import augment, psnr
+
+BODY = '<path fill="#2F88FF" stroke="#000" stroke-width="4" d="M4 4h{w}v{h}H4z"/>'
+
+
+def icon_package(npm_dir: Path, package: str, slugs: list[str], **extra) -> None:
+    folder = npm_dir / "node_modules" / package
+    folder.mkdir(parents=True)
+    icons = {slug: {"body": BODY.format(w=10 + i % 7, h=8 + i % 5)} for i, slug in enumerate(slugs)}
+    (folder / "icons.json").write_text(json.dumps({"icons": icons, "width": 24, "height": 24}))
+    (folder / "info.json").write_text(
+        json.dumps({"author": {"name": "Somebody", "url": "https://example.org"}, "license": {"spdx": "MIT"}})
+    )
+    for name, content in extra.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+SLUGS = [
+    "fox-face",
+    "dog-face",
+    "red-apple",
+    "house",
+    "four-oclock",
+    "star-2",
+    "flag-japan",
+    "man-dark-skin-tone",
+]
+
+
+@pytest.fixture
+def icons_dir(tmp_path):
+    stage = tmp_path / "data"
+    names = [
+        f"thing-{word}"
+        for word in ["ash", "birch", "cedar", "elm", "fir", "hazel", "ivy", "larch", "maple", "oak", "palm", "rose"]
+    ]
+    icon_package(stage / "npm", "@icons/a", [*SLUGS, *names], metadata={"categories": {"Flags": ["house"]}})
+    icon_package(stage / "npm", "@icons/b", ["foxface", "zzz", *names])
+    return stage
+
+
+def data_config():
+    return DataConfig(
+        sources=[
+            IconSource(package="@icons/a@1.0.0", style="alpha"),
+            IconSource(package="@icons/b@1.0.0", style="beta", squashed_names=True, recolour="#2F88FF"),
+        ],
+        held_out_per_mille=200,
+    )
+
+
+def test_names_skin_tones_flags_and_excluded_categories(icons_dir):
+    source = data_config().sources[0]
+    names = _names(source, icons_dir / "npm" / "node_modules" / "@icons" / "a", ["Flags"])
+    assert names["fox-face"] == "fox" and names["star-2"] == "star" and names["thing-oak"] == "thing oak"
+    assert not {"flag-japan", "man-dark-skin-tone", "house"} & set(names)
+    squashed = _names(data_config().sources[1], icons_dir / "npm" / "node_modules" / "@icons" / "b", [])
+    assert squashed == {"foxface": "fox", "zzz": "zzz"}
+
+
+def test_icons_are_drawn_split_by_name_and_credited(icons_dir):
+    build_icons(data_config(), icons_dir)
+    icons = load_icons(icons_dir)
+    assert icons.pixels.shape[1:] == (3, 64, 64) and len(icons.icons) == len(icons.pixels)
+    by_name = {icon.name: icon for icon in icons.icons}
+    assert not by_name["four o’clock" if "four o’clock" in by_name else "four o'clock"].mirrored
+    assert by_name["fox"].mirrored
+    assert all(icon.held_out == is_held_out(icon.name, 200) for icon in icons.icons)
+    assert 0 < sum(icon.held_out for icon in icons.icons) < len(icons.icons)
+    first = icons.pixels[[i.name for i in icons.icons].index("fox")]
+    assert first[:, 0, 0].tolist() == [255] * 3 and first[:, 24, 24].tolist() == [0x2F, 0x88, 0xFF]
+    notices = json.loads((icons_dir / "notices.json").read_text())
+    assert notices["@icons/a@1.0.0"]["licence"] == "MIT" and notices["@icons/a@1.0.0"]["pictures"] > 10
+
+
+def test_missing_npm_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(PowersteerError, match="npm is needed to fetch @icons/a"):
+        build_icons(data_config(), tmp_path)
+
+
+def test_captions_with_and_without_style():
+    assert captions("fox", "noto")[:3] == captions("fox", None) == ["fox", "a fox", "icon of fox"]
+    assert "noto icon of fox" in captions("fox", "noto")
+
+
+def test_augmentation_is_seeded_stays_in_range_and_keeps_white_paper():
+    images = torch.ones(8, 3, 64, 64)
+    images[:, 0, 20:40, 20:40] = -1
+    first, again = (augment(images, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again) and first.abs().max() <= 1.0001
+    assert (first[:, :, 0, 0] == 1).all()
+
+
+def test_psnr_is_its_closed_form():
+    a = torch.zeros(2, 3, 8, 8)
+    b = torch.stack([torch.full((3, 8, 8), 0.2), torch.full((3, 8, 8), 0.02)])
+    wanted = np.mean([10 * np.log10(4 / 0.04), 10 * np.log10(4 / 0.0004)])
+    assert psnr(a, b) == pytest.approx(wanted, abs=1e-3)
+
+
+def recipe(root: Path, **changes):
+    length = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "report_every": 1}
+    values = {
+        "output_dir": root,
+        "data": data_config().model_dump(),
+        "tokenizer": {"vocab_size": 700},
+        "clip": {**length, "hidden_size": 64, "text_layers": 1, "vision_layers": 1, "word_batch_size": 2},
+        "vae": {**length, "block_out_channels": [8, 8, 8], "norm_num_groups": 4},
+        "unet": {
+            **length,
+            "block_out_channels": [16, 32],
+            "attention_levels": [False, True],
+            "attention_head_dim": [1, 1],
+            "norm_num_groups": 8,
+            "num_inference_steps": 2,
+            "sample_prompts": ["fox"],
+        },
+    }
+    return build_config({**values, **changes}, PretrainConfig)
+
+
+@pytest.mark.slow
+def test_all_stages_make_a_base_that_loads_and_can_go_on(icons_dir, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    root = icons_dir.parent
+    base = pretrain(recipe(root))
+    pipe = load_base(str(base))
+    assert pipe("a fox", num_inference_steps=2).images[0].size == (64, 64)
+    assert {file.name for file in (root / "unet").iterdir()} >= {
+        "checkpoint.pt",
+        "log.jsonl",
+        "sample-000002.png",
+    }
+    clip, tokenizer = load_clip(base)
+    tokens = tokenize(tokenizer, ["a fox"])
+    torch.testing.assert_close(clip.text_model(tokens).last_hidden_state, pipe.text_encoder(tokens)[0])
+    ranks = caption_ranks(clip, tokenizer, torch.randn(3, 3, 64, 64), ["a", "b", "c"], torch.tensor([0, 1, 2]))
+    assert ranks.min() >= 0 and ranks.max() <= 2
+
+    # The same command does nothing over again; another one goes on from the finished base.
+    logged = (root / "unet" / "log.jsonl").read_text()
+    pretrain(recipe(root))
+    assert (root / "unet" / "log.jsonl").read_text() == logged
+    other = root / "other"
+    shutil.copytree(icons_dir, other / "data")
+    further = load_base(str(pretrain(recipe(other, init_from=str(base)))))
+    vae = further.vae.state_dict()
+    assert all(torch.equal(tensor, vae[name]) for name, tensor in pipe.vae.state_dict().items())
+    assert any(not torch.equal(a, b) for a, b in zip(further.unet.parameters(), pipe.unet.parameters(), strict=True))
