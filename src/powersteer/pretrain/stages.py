@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
 from rich.console import Console
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel
 
 from powersteer.base import embedded, load_base, load_clip, save_clip
 from powersteer.config import save_config
 from powersteer.errors import PowersteerError
 from powersteer.pretrain.clip import train_clip
 from powersteer.pretrain.config import PretrainConfig
+from powersteer.pretrain.evaluate import evaluate_base
 from powersteer.pretrain.icons import build_icons, load_icons
 from powersteer.pretrain.text import train_tokenizer
 from powersteer.pretrain.unet import set_scaling_factor, train_unet
@@ -60,21 +62,21 @@ def pretrain(config: PretrainConfig) -> Path:
     pipe = train_unet(
         config.unet, icons, tokenizer, clip, vae, root / "unet", unet=unet, seed=config.seed, device=device
     )
-    return export(pipe, clip, tokenizer, root / "base", json.loads((root / "data" / "notices.json").read_text()))
+    base = root / "base"
+    export(pipe, clip, base)
+    shutil.copy(root / "data" / "notices.json", base)
+    # What is measured is what was written: the half-precision weights.
+    written, (clip, tokenizer) = load_base(str(base)), load_clip(base)
+    metrics = evaluate_base(written, clip, tokenizer, icons, config.unet, base, root / "openmoji")
+    console.print_json(json.dumps(metrics))
+    return base
 
 
-def export(
-    pipe: StableDiffusionPipeline,
-    clip: CLIPModel,
-    tokenizer: CLIPTokenizer,
-    out_dir: Path,
-    notices: dict[str, object],
-) -> Path:
-    """Write the base in half precision, diffusers' layout, with its CLIP and the notices of its data."""
+def export(pipe: StableDiffusionPipeline, clip: CLIPModel, out_dir: Path) -> None:
+    """Write the base in half precision, diffusers' layout, with its CLIP beside it."""
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(out_dir)
     save_clip(clip, out_dir)
-    (out_dir / "notices.json").write_text(json.dumps(notices, indent=2) + "\n", encoding="utf-8")
+    pipe.to(dtype=torch.float32)
     size = sum(file.stat().st_size for file in out_dir.rglob("*") if file.is_file())
     console.print(f"{out_dir}: {size / 1e6:.1f} MB")
-    return out_dir

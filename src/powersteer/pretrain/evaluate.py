@@ -1,0 +1,71 @@
+"""The base's figures: what its codec carries, what its CLIP knows, what it can draw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPModel, CLIPTokenizer
+
+from powersteer.data.openmoji import prepare_openmoji
+from powersteer.data.pairs import PairFolder
+from powersteer.pictures import save_grid
+from powersteer.pretrain.clip import caption_ranks
+from powersteer.pretrain.icons import IMAGE_SIZE, IconSet
+from powersteer.pretrain.unet import UNetConfig, sample
+from powersteer.pretrain.vae import psnr, reconstruct
+
+CANDIDATES = 100
+"""Captions among which the right one is looked for."""
+SEEDS = 4
+"""Pictures generated for each held-out name."""
+
+
+@torch.no_grad()
+def evaluate_base(
+    pipe: StableDiffusionPipeline,
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    icons: IconSet,
+    config: UNetConfig,
+    out_dir: Path,
+    openmoji_dir: Path,
+) -> dict[str, Any]:
+    """Measure on held-out names and on OpenMoji, write ``metrics.json`` and ``samples.png``.
+
+    Top-1 and top-5 are the share of pictures whose own caption ranks first, or in the first five, among a hundred
+    held-out names by the small CLIP.
+    """
+    held_out = icons.select(use="all", held_out=True)
+    names = sorted({icons.icons[int(i)].name for i in held_out})[:CANDIDATES]
+    held_out = torch.tensor([int(i) for i in held_out if icons.icons[int(i)].name in names])
+    pictures = icons.images(held_out)
+    truth = torch.tensor([names.index(icons.icons[int(i)].name) for i in held_out])
+    real = caption_ranks(clip, tokenizer, pictures, names, truth)
+
+    prompts = [f"icon of {name}" for name in names] * SEEDS
+    generated = caption_ranks(
+        clip, tokenizer, sample(pipe, config, prompts), names, torch.arange(len(names)).repeat(SEEDS)
+    )
+    test = PairFolder(prepare_openmoji(openmoji_dir) / "test", (IMAGE_SIZE, IMAGE_SIZE))
+    openmoji = torch.stack([test.image(i) for i in range(len(test))])
+    metrics: dict[str, Any] = {
+        "held_out_pictures": len(held_out),
+        "candidate_captions": len(names),
+        "vae_psnr_held_out": psnr(pictures, reconstruct(pipe.vae, pictures)),
+        "vae_psnr_openmoji": psnr(openmoji, reconstruct(pipe.vae, openmoji)),
+        "real_top1": (real < 1).float().mean().item(),
+        "real_top5": (real < 5).float().mean().item(),
+        "generated_pictures": len(prompts),
+        "generated_top1": (generated < 1).float().mean().item(),
+        "generated_top5": (generated < 5).float().mean().item(),
+        "guidance_scale": config.guidance_scale,
+        "num_inference_steps": config.num_inference_steps,
+    }
+    (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    if config.sample_prompts:
+        save_grid(sample(pipe, config, list(config.sample_prompts)), out_dir / "samples.png", columns=8)
+    return metrics
