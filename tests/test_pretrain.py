@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from powersteer import PowersteerError
 from powersteer.base import load_base, load_clip
 from powersteer.config import build_config
+from powersteer.pretrain import evaluate, text
 from powersteer.pretrain.clip import caption_ranks
 from powersteer.pretrain.config import PretrainConfig
 from powersteer.pretrain.icons import (
@@ -23,7 +25,7 @@ from powersteer.pretrain.icons import (
     load_icons,
 )
 from powersteer.pretrain.stages import pretrain
-from powersteer.pretrain.text import tokenize
+from powersteer.pretrain.text import teacher_embeddings, teacher_words, tokenize
 from powersteer.pretrain.vae import augment, psnr
 
 BODY = '<path fill="#2F88FF" stroke="#000" stroke-width="4" d="M4 4h{w}v{h}H4z"/>'
@@ -146,9 +148,30 @@ def recipe(root: Path, **changes):
     return build_config({**values, **changes}, PretrainConfig)
 
 
+@pytest.fixture
+def teacher(tmp_path, monkeypatch):
+    """A tiny real BERT in the place of the 80 MB one."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fox", "house", "tree", "icon", "water"]
+    folder = tmp_path / "teacher"
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(words), **size)).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    monkeypatch.setattr(text, "_teacher_dir", lambda: folder)
+
+
+def test_teacher_embeddings_ignore_the_padding(teacher):
+    alone, padded = teacher_embeddings(["fox"]), teacher_embeddings(["fox", "house tree icon water"])
+    torch.testing.assert_close(alone[0], padded[0])
+    torch.testing.assert_close(padded.norm(dim=1), torch.ones(2))
+    assert teacher_words() == ["fox", "house", "tree", "icon", "water"]
+
+
 @pytest.mark.slow
-def test_all_stages_make_a_base_that_loads_and_can_go_on(icons_dir, monkeypatch):
+def test_all_stages_make_a_base_that_loads_and_can_go_on(icons_dir, teacher, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(evaluate, "SEEDS", 1)
     root = icons_dir.parent
     base = pretrain(recipe(root))
     pipe = load_base(str(base))

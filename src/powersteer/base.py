@@ -83,8 +83,8 @@ def load_clip(base: Path) -> tuple[CLIPModel, CLIPTokenizer]:
     text = load_file(base / "text_encoder" / "model.safetensors")
     prefix = "" if any(name.startswith("text_model.") for name in text) else "text_model."
     weights |= {f"{prefix}{name}": tensor for name, tensor in text.items()}
-    clip.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return clip.eval(), CLIPTokenizer.from_pretrained(base / "tokenizer")
+    clip.load_state_dict(weights)
+    return clip.float().eval(), CLIPTokenizer.from_pretrained(base / "tokenizer")
 
 
 @contextmanager

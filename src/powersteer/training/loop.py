@@ -96,7 +96,7 @@ def train(config: TrainConfig) -> TrainResult:
     with Progress(*columns, TextColumn("{task.fields[figures]}")) as progress:
         bar = progress.add_task("training", total=config.max_train_steps, completed=state["step"], figures=figures)
         try:
-            while state["step"] < config.max_train_steps:
+            while not _finished(config, state):
                 # 1. A batch: the step's own generator, so that a resumed run sees the same one.
                 generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state["step"])
                 rows = torch.randint(len(train_pairs), (config.train_batch_size,), generator=generator)
@@ -127,11 +127,10 @@ def train(config: TrainConfig) -> TrainResult:
                 ema.step(parameters)
                 state["step"] += 1
                 state["seconds"] = time.perf_counter() - since
-                out_of_time = config.max_train_minutes is not None and state["seconds"] > 60 * config.max_train_minutes
                 progress.update(bar, advance=1, figures=f"loss {loss.item():.4f}  {figures}")
 
                 # 4. Held-out loss, the best weights, checkpoints.
-                last = state["step"] == config.max_train_steps or out_of_time
+                last = _finished(config, state)
                 if state["step"] % config.validation_steps == 0 or last:
                     ema.store(parameters)
                     ema.copy_to(parameters)
@@ -150,8 +149,6 @@ def train(config: TrainConfig) -> TrainResult:
                         log.write(json.dumps(row) + "\n")
                 if state["step"] % config.checkpointing_steps == 0 or last:
                     save_checkpoint(config.output_dir, network, ema, optimizer, state, config.checkpoints_total_limit)
-                if out_of_time:
-                    break
         except KeyboardInterrupt:
             interrupted = True
             save_checkpoint(config.output_dir, network, ema, optimizer, state, config.checkpoints_total_limit)
@@ -162,6 +159,11 @@ def _encode(config: TrainConfig, pipe: StableDiffusionPipeline, folder: Path, li
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     pairs = PairFolder(folder, (side, side), config.conditioning_channels, limit)
     return encode_pairs(pipe, pairs, config.cache_dir or config.output_dir / "cache")
+
+
+def _finished(config: TrainConfig, state: dict[str, Any]) -> bool:
+    out_of_time = config.max_train_minutes is not None and state["seconds"] >= 60 * config.max_train_minutes
+    return state["step"] >= config.max_train_steps or out_of_time
 
 
 def _precision(wanted: str) -> str:
