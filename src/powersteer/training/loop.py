@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,75 +94,92 @@ def train(config: TrainConfig) -> TrainResult:
     prior_loss = held_out.losses(None).mean().item() if held_out is not None else float("nan")
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    interrupted = False
     figures = ""
     since = time.perf_counter() - state["seconds"]
-    with Progress(*columns, TextColumn("{task.fields[figures]}")) as progress:
+    with Progress(*columns, TextColumn("{task.fields[figures]}")) as progress, _stop_on_signal() as stop:
         bar = progress.add_task("training", total=config.max_train_steps, completed=state["step"], figures=figures)
-        try:
-            while not _finished(config, state):
-                # 1. A batch: the step's own generator, so that a resumed run sees the same one.
-                generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state["step"])
-                rows = torch.randint(len(train_pairs), (config.train_batch_size,), generator=generator)
-                latents = train_pairs.latents[rows]  # (B, C, h, w)
-                noise = torch.randn(latents.shape, generator=generator)
-                timesteps = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(rows),), generator=generator)
-                noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
-                text_rows = train_pairs.text_rows[rows].clone()
-                text_rows[torch.rand(len(rows), generator=generator) < config.proportion_empty_prompts] = 0
+        while not _finished(config, state) and not stop.is_set():
+            # 1. A batch: the step's own generator, so that a resumed run sees the same one.
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state["step"])
+            rows = torch.randint(len(train_pairs), (config.train_batch_size,), generator=generator)
+            latents = train_pairs.latents[rows]  # (B, C, h, w)
+            noise = torch.randn(latents.shape, generator=generator)
+            timesteps = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(rows),), generator=generator)
+            noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
+            text_rows = train_pairs.text_rows[rows].clone()
+            text_rows[torch.rand(len(rows), generator=generator) < config.proportion_empty_prompts] = 0
 
-                # 2. The loss ‖ε − ε̄(z_t, t, text, c)‖².
-                to = accelerator.device
-                with accelerator.autocast(), steer(pipe.unet, network, train_pairs.condition(rows).to(to)):
-                    guess = pipe.unet(noisy.to(to), timesteps.to(to), train_pairs.text_states[text_rows].to(to)).sample
-                loss = F.mse_loss(guess.float(), noise.to(to))
-                if not torch.isfinite(loss):
-                    raise PowersteerError(
-                        f"the loss is {loss.item()} at step {state['step']}: nothing was saved over the last "
-                        "checkpoint; try a lower learning_rate, or mixed_precision=no"
-                    )
+            # 2. The loss ‖ε − ε̄(z_t, t, text, c)‖².
+            to = accelerator.device
+            with accelerator.autocast(), steer(pipe.unet, network, train_pairs.condition(rows).to(to)):
+                guess = pipe.unet(noisy.to(to), timesteps.to(to), train_pairs.text_states[text_rows].to(to)).sample
+            loss = F.mse_loss(guess.float(), noise.to(to))
+            if not torch.isfinite(loss):
+                raise PowersteerError(
+                    f"the loss is {loss.item()} at step {state['step']}: nothing was saved over the last "
+                    "checkpoint; try a lower learning_rate, or mixed_precision=no"
+                )
 
-                # 3. An update.
-                accelerator.backward(loss)
-                accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                optimizer.step()
-                lr_scheduler.step()
-                optimizer.zero_grad()
-                ema.step(parameters)
-                state["step"] += 1
-                state["seconds"] = time.perf_counter() - since
-                progress.update(bar, advance=1, figures=f"loss {loss.item():.4f}  {figures}")
+            # 3. An update.
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            ema.step(parameters)
+            state["step"] += 1
+            state["seconds"] = time.perf_counter() - since
+            progress.update(bar, advance=1, figures=f"loss {loss.item():.4f}  {figures}")
 
-                # 4. Held-out loss, the best weights, checkpoints.
-                last = _finished(config, state)
-                if state["step"] % config.validation_steps == 0 or last:
-                    ema.store(parameters)
-                    ema.copy_to(parameters)
-                    row = {"step": state["step"], "seconds": round(state["seconds"], 1), "loss": loss.item()}
-                    if held_out is not None:
-                        row["prior"] = prior_loss
-                        row["steered"] = held_out.losses(network).mean().item()
-                        row["shuffled"] = held_out.losses(network, shuffled=True).mean().item()
-                        figures = f"held-out {row['steered']:.4f} (prior {prior_loss:.4f})"
-                    if row.get("steered", -state["step"]) < state["best_loss"]:
-                        state["best_loss"] = row.get("steered", -state["step"])
-                        state["best_step"] = state["step"]
-                        network.save_pretrained(config.output_dir)
-                    ema.restore(parameters)
-                    with (config.output_dir / "log.jsonl").open("a", encoding="utf-8") as log:
-                        log.write(json.dumps(row) + "\n")
-                if state["step"] % config.checkpointing_steps == 0 or last:
-                    save_checkpoint(config.output_dir, network, ema, optimizer, state, config.checkpoints_total_limit)
-        except KeyboardInterrupt:
-            interrupted = True
-            save_checkpoint(config.output_dir, network, ema, optimizer, state, config.checkpoints_total_limit)
-    return TrainResult(config.output_dir, state["step"], state["best_step"], state["seconds"], interrupted)
+            # 4. Held-out loss, the best weights, checkpoints.
+            last = _finished(config, state)
+            if state["step"] % config.validation_steps == 0 or last:
+                ema.store(parameters)
+                ema.copy_to(parameters)
+                row = {"step": state["step"], "seconds": round(state["seconds"], 1), "loss": loss.item()}
+                if held_out is not None:
+                    row["prior"] = prior_loss
+                    row["steered"] = held_out.losses(network).mean().item()
+                    row["shuffled"] = held_out.losses(network, shuffled=True).mean().item()
+                    figures = f"held-out {row['steered']:.4f} (prior {prior_loss:.4f})"
+                if row.get("steered", -state["step"]) < state["best_loss"]:
+                    state["best_loss"] = row.get("steered", -state["step"])
+                    state["best_step"] = state["step"]
+                    network.save_pretrained(config.output_dir)
+                ema.restore(parameters)
+                with (config.output_dir / "log.jsonl").open("a", encoding="utf-8") as log:
+                    log.write(json.dumps(row) + "\n")
+            if state["step"] % config.checkpointing_steps == 0 or last or stop.is_set():
+                save_checkpoint(config.output_dir, network, ema, optimizer, state, config.checkpoints_total_limit)
+    finished = _finished(config, state)
+    return TrainResult(config.output_dir, state["step"], state["best_step"], state["seconds"], interrupted=not finished)
 
 
 def _encode(config: TrainConfig, pipe: StableDiffusionPipeline, folder: Path, limit: int | None) -> EncodedPairs:
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     pairs = PairFolder(folder, (side, side), config.conditioning_channels, limit)
     return encode_pairs(pipe, pairs, config.cache_dir or config.output_dir / "cache")
+
+
+@contextmanager
+def _stop_on_signal() -> Generator[threading.Event]:
+    """Ctrl-C and SIGTERM end the loop after the step under way; a second one ends it at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request_stop(*_: Any) -> None:
+        stop.set()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _finished(config: TrainConfig, state: dict[str, Any]) -> bool:
