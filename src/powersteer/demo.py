@@ -138,7 +138,8 @@ def run_demo(
                 )
             ]
         )
-        save_grid(shown, out_dir / "grid.png", columns=8)
+        headings = ("drawing", "prior", "steered", "artist") * 2
+        save_grid(shown, out_dir / "grid.png", columns=8, scale=2, headings=headings)
         (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         write_report(
             out_dir / "report.html",

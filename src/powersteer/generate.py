@@ -79,7 +79,7 @@ def generate(settings: GenerateSettings, out_dir: Path) -> list[Path]:
             for i, picture in enumerate(pictures)
         ]
         shown = [from_pil(condition), *[from_pil(picture) for picture in pictures]]
-        save_grid(torch.stack(shown), out_dir / "grid.png", columns=len(shown))
+        save_grid(torch.stack(shown), out_dir / "grid.png", columns=len(shown), scale=2)
     except OSError as error:
         raise PowersteerError(f"cannot write to {out_dir}: {error.strerror}") from None
     return [*files, out_dir / "grid.png"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:
@@ -21,12 +22,31 @@ def from_pil(image: Image.Image) -> torch.Tensor:
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def save_grid(images: torch.Tensor, path: Path, columns: int, gap: int = 2) -> None:
-    """Write pictures (N, 3, H, W) in [-1, 1] as one PNG, row by row."""
+def save_grid(
+    images: torch.Tensor, path: Path, columns: int, *, gap: int = 2, scale: int = 1, headings: Sequence[str] = ()
+) -> None:
+    """Write pictures as one PNG, row by row.
+
+    Args:
+        images: (N, 3, H, W) in [-1, 1].
+        path: The PNG.
+        columns: Pictures a row.
+        gap: Pixels between pictures.
+        scale: Enlarge every picture so many times.
+        headings: A word above each column.
+    """
     count, _, height, width = images.shape
+    height, width = height * scale, width * scale
+    top = 18 if headings else 0
     rows = -(-count // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "#bbbbbb")
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, top + rows * (height + gap) - gap), "#bbbbbb")
+    if headings:
+        pen = ImageDraw.Draw(sheet)
+        pen.rectangle((0, 0, sheet.width, top - gap), fill="white")
+        for column, heading in enumerate(headings):
+            pen.text((column * (width + gap) + width / 2, top / 2), heading, fill="#333333", anchor="mm")
     for i, image in enumerate(images):
-        sheet.paste(to_pil(image), ((i % columns) * (width + gap), (i // columns) * (height + gap)))
+        picture = to_pil(image).resize((width, height), Image.Resampling.LANCZOS)
+        sheet.paste(picture, ((i % columns) * (width + gap), top + (i // columns) * (height + gap)))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

@@ -13,7 +13,7 @@ from torch import nn
 
 from powersteer.conditions import to_condition
 from powersteer.errors import PowersteerError
-from powersteer.model import BPSModel, Steering
+from powersteer.model import BPSModel
 
 Condition = torch.Tensor | Image.Image | Sequence[Image.Image]
 
@@ -163,6 +163,3 @@ class _Bridge:
         if images % count:
             raise PowersteerError(f"{count} conditions for {images} images: give one condition, or one for each prompt")
         return torch.arange(count).repeat_interleave(images // count).repeat(halves)
-
-
-__all__ = ["Condition", "Steering", "check_fits", "steer", "steered_layers"]

@@ -10,7 +10,8 @@ from PIL import Image
 
 from powersteer.errors import PowersteerError
 
-_MODES = {1: "L", 3: "RGB"}
+PIL_MODES = {1: "L", 3: "RGB"}
+"""PIL mode of a condition of so many channels."""
 
 
 def to_condition(condition: torch.Tensor | Image.Image | Sequence[Image.Image], channels: int) -> torch.Tensor:
@@ -25,11 +26,11 @@ def to_condition(condition: torch.Tensor | Image.Image | Sequence[Image.Image], 
     """
     if not isinstance(condition, torch.Tensor):
         pictures = [condition] if isinstance(condition, Image.Image) else list(condition)
-        if channels not in _MODES:
+        if channels not in PIL_MODES:
             raise PowersteerError(f"a condition of {channels} channels is no PIL picture: give a tensor")
         if len({picture.size for picture in pictures}) != 1:
             raise PowersteerError("conditions must be one or more pictures of one size")
-        arrays = [np.array(picture.convert(_MODES[channels]), dtype=np.float32) / 255 for picture in pictures]
+        arrays = [np.array(picture.convert(PIL_MODES[channels]), dtype=np.float32) / 255 for picture in pictures]
         condition = torch.from_numpy(np.stack(arrays))
         condition = condition[:, None] if channels == 1 else condition.permute(0, 3, 1, 2)
     if condition.ndim != 4 or condition.shape[1] != channels:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from powersteer.conditions.tensors import PIL_MODES
 from powersteer.errors import PowersteerError
 
 IMAGE_COLUMN = "file_name"
 CONDITIONING_COLUMN = "conditioning_image_file_name"
 CAPTION_COLUMN = "text"
-_MODES = {1: "L", 3: "RGB"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class PairFolder:
 
     def condition(self, index: int) -> torch.Tensor:
         """Condition (C, H, W), uint8: 255 stands for 1."""
-        pixels = self._open(index, self.pairs[index].conditioning_image, _MODES[self.channels], CONDITIONING_COLUMN)
+        pixels = self._open(index, self.pairs[index].conditioning_image, PIL_MODES[self.channels], CONDITIONING_COLUMN)
         return torch.from_numpy(pixels)[None] if self.channels == 1 else torch.from_numpy(pixels).permute(2, 0, 1)
 
     def _read(self) -> list[Pair]:
