@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -17,6 +17,7 @@ from torch import nn
 
 from powersteer.config import StrictConfig
 from powersteer.hardware import native_precision
+from powersteer.pretrain.muon import MuonAdamW
 
 Loss = Callable[[int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
 """Draws a batch for a step with that step's own generator; returns the loss and the figures to log."""
@@ -29,6 +30,7 @@ class FitConfig(StrictConfig):
     batch_size: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    optimizer: Literal["muon", "adamw"] = "muon"
     warmup_steps: int = Field(default=200, ge=0)
     decay_share: float = Field(default=0.25, ge=0, le=1)
     """The last share of the steps over which the learning rate falls linearly to zero."""
@@ -67,11 +69,14 @@ def fit(
         device: Where to train.
     """
     stage_dir.mkdir(parents=True, exist_ok=True)
-    model.to(device).to(memory_format=torch.channels_last)
+    model.to(device)
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch's stub lacks it
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-    )
+    rates: dict[str, Any] = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": config.weight_decay}
+    if config.optimizer == "muon":
+        optimizer = MuonAdamW(model, **rates)
+    else:
+        optimizer = torch.optim.AdamW(parameters, fused=True, **rates)
     ema = EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     checkpoint = stage_dir / "checkpoint.pt"
     start = 0

