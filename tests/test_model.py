@@ -6,7 +6,8 @@ from diffusers import UNet2DConditionModel
 
 from conftest import randomise
 from powersteer import BPSModel
-from powersteer.model import LightBlock, SelfAttention, TimeResBlock, integration_weights
+from powersteer.model import LightBlock, SelfAttention, TimeResBlock
+from powersteer.presets import integration_weights
 
 
 def test_untrained_network_adds_exactly_nothing(pipe):

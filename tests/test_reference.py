@@ -10,7 +10,6 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open
 
 from powersteer import BPSModel, steer
-from powersteer.original import rename_original
 
 REFERENCE = Path(__file__).parent / "data" / "sketch_sd.safetensors"
 
@@ -49,14 +48,9 @@ def unet(reference):
 
 
 @pytest.fixture(scope="module")
-def model(reference, unet):
+def model(reference):
     config, _, weights = reference
-    model = BPSModel.from_unet(unet, conditioning_channels=config["condition_channels"])
-    control = {
-        name.removeprefix("control_model."): t for name, t in weights.items() if name.startswith("control_model.")
-    }
-    model.load_state_dict(rename_original(control, model.config.layers_per_block))
-    return model.eval()
+    return BPSModel.from_original(weights, conditioning_channels=config["condition_channels"])
 
 
 @torch.no_grad()

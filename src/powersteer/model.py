@@ -19,9 +19,11 @@ every spatial transformer of U-Net block i.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import gcd
+from os import PathLike
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,27 +31,11 @@ from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 
+from powersteer.errors import PowersteerError
+from powersteer.fingerprint import fingerprint
+from powersteer.presets import network_shape
+
 GROUP_NORM_EPS = 1e-5
-
-
-def integration_weights(preset: str, levels: int) -> tuple[tuple[float, ...], float, float]:
-    """How strongly each part of the U-Net is steered: (CP per level from the outermost, TP, EP).
-
-    | preset      | levels   | CP           | TP | EP |
-    |-------------|----------|--------------|----|----|
-    | head-heavy  | 4 (SD)   | 16, 8, 4, 2  | 16 | 1  |
-    | head-heavy  | 3 (SDXL) | 32, 16, 8    | 32 | 1  |
-    | uniform     | any      | 1, …, 1      | 1  | 1  |
-
-    Raises:
-        ValueError: ``preset`` is neither ``head-heavy`` nor ``uniform``.
-    """
-    if preset == "uniform":
-        return (1.0,) * levels, 1.0, 1.0
-    if preset == "head-heavy":
-        head = 32.0 if levels == 3 else 2.0**levels
-        return tuple(head / 2**level for level in range(levels)), head, 1.0
-    raise ValueError(f"weights must be 'head-heavy', 'uniform' or a list of numbers, not '{preset}'")
 
 
 @dataclass(frozen=True)
@@ -66,12 +52,12 @@ class TimeResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, time_embed_dim: int, groups: int, dropout: float) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=GROUP_NORM_EPS)
+        self.norm1 = group_norm(groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_embed_dim, 2 * out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=GROUP_NORM_EPS)
+        self.norm2 = group_norm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_conv(out_channels, out_channels)
         self.conv_shortcut = shortcut(in_channels, out_channels)
 
     def forward(self, x: torch.Tensor, time_embedding: torch.Tensor) -> torch.Tensor:
@@ -86,9 +72,9 @@ class LightBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, in_channels, eps=GROUP_NORM_EPS)
+        self.norm = group_norm(groups, in_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv = zero_module(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.conv = zero_conv(in_channels, out_channels)
         self.conv_shortcut = shortcut(in_channels, out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,9 +87,9 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, head_dim: int, groups: int) -> None:
         super().__init__()
         self.heads = channels // head_dim
-        self.norm = nn.GroupNorm(groups, channels, eps=GROUP_NORM_EPS)
+        self.norm = group_norm(groups, channels)
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.to_out = zero_module(nn.Conv2d(channels, channels, 1))
+        self.to_out = zero_conv(channels, channels, kernel_size=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.to_qkv(self.norm(x)).flatten(2)  # (B, 3·C, H·W), channels ordered head, q|k|v, width
@@ -113,10 +99,10 @@ class SelfAttention(nn.Module):
 
 
 class BPSModel(ModelMixin, ConfigMixin):
-    """The steering network for one U-Net shape and one kind of condition.
+    """The steering network for one U-Net shape and one kind of condition; see `from_unet`.
 
     Args:
-        conditioning_channels: Channels of the condition image (1 sketch, 3 RGB, 4 style: colour + structure).
+        conditioning_channels: Channels of the condition (1 sketch, 3 RGB, 4 style: colour and structure).
         pixel_unshuffle: Pixels of the condition a side of one latent: the VAE's scale factor, or 1 for feature
             maps at latent resolution.
         block_out_channels: The U-Net's width at each level.
@@ -124,12 +110,16 @@ class BPSModel(ModelMixin, ConfigMixin):
         time_embed_dim: Width of the U-Net's time embedding.
         norm_num_groups: Groups of every GroupNorm; the U-Net's own.
         attention_head_dim: Head width of the self-attention in CP and TP (SDXL: 64); none by default.
-        down_weights: Integration weight of CP at each level; see `integration_weights`.
+        hidden_channels: Width of CP and TP at each level; the U-Net's by default.
+        up_channels: Width of EP at each level; that of CP by default.
+        output_kernel_size: Of the output convolutions.
+        down_weights: Integration weight of CP at each level; see `powersteer.presets`.
         mid_weight: Integration weight of TP.
         up_weight: Integration weight of EP.
         trainable_weights: Whether the integration weights are trained, one for each residual.
         dropout: Drop-out before the last convolution of each block.
-        conditioning_kind: What the condition is, in a word, for whoever loads the weights.
+        conditioning: What the condition is, for whoever loads the weights: kind, range, polarity, palette.
+        base: What the network steers; see `powersteer.fingerprint`.
     """
 
     _supports_gradient_checkpointing = False
@@ -145,15 +135,21 @@ class BPSModel(ModelMixin, ConfigMixin):
         time_embed_dim: int = 1280,
         norm_num_groups: int = 32,
         attention_head_dim: int | None = None,
+        hidden_channels: Sequence[int] | None = None,
+        up_channels: Sequence[int] | None = None,
+        output_kernel_size: int = 3,
         down_weights: Sequence[float] = (16.0, 8.0, 4.0, 2.0),
         mid_weight: float = 16.0,
         up_weight: float = 1.0,
         trainable_weights: bool = False,
         dropout: float = 0.0,
-        conditioning_kind: str = "sketch",
+        conditioning: Mapping[str, Any] | None = None,
+        base: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        widths, depths, groups = list(block_out_channels), list(layers_per_block), norm_num_groups
+        hidden = hidden_channels or block_out_channels
+        levels = list(zip(block_out_channels, hidden, up_channels or hidden, layers_per_block, strict=True))
+        groups = norm_num_groups
 
         def time_block(in_channels: int, out_channels: int) -> TimeResBlock:
             return TimeResBlock(in_channels, out_channels, time_embed_dim, groups, dropout)
@@ -161,40 +157,40 @@ class BPSModel(ModelMixin, ConfigMixin):
         def attention(channels: int) -> nn.Module:
             return SelfAttention(channels, attention_head_dim, groups) if attention_head_dim else nn.Identity()
 
-        self.conv_in = nn.Conv2d(conditioning_channels * pixel_unshuffle**2, widths[0], 3, padding=1)
+        def output(in_channels: int, out_channels: int) -> nn.Conv2d:
+            return zero_conv(in_channels, out_channels, output_kernel_size)
+
+        width = levels[0][1]
+        self.conv_in = nn.Conv2d(conditioning_channels * pixel_unshuffle**2, width, 3, padding=1)
         # CP
-        self.down_blocks, self.down_attentions, self.down_outputs = (
-            nn.ModuleList(),
-            nn.ModuleList(),
-            nn.ModuleList(),
-        )
+        self.down_blocks, self.down_attentions, self.down_outputs = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         self.downsamplers = nn.ModuleList()
-        width, skip_widths = widths[0], [widths[0]]
-        for level, (out, depth) in enumerate(zip(widths, depths, strict=True)):
+        skips = [width]
+        for level, (unet_width, cp_width, _, depth) in enumerate(levels):
             for _ in range(depth):
-                self.down_blocks.append(time_block(width, out))
-                self.down_attentions.append(attention(out))
-                self.down_outputs.append(zero_module(nn.Conv2d(out, out, 3, padding=1)))
-                width = out
-                skip_widths.append(out)
-            if level + 1 < len(widths):
-                self.downsamplers.append(nn.Conv2d(out, out, 3, stride=2, padding=1))
-                skip_widths.append(out)
+                self.down_blocks.append(time_block(width, cp_width))
+                self.down_attentions.append(attention(cp_width))
+                self.down_outputs.append(output(cp_width, unet_width))
+                width = cp_width
+                skips.append(width)
+            if level + 1 < len(levels):
+                self.downsamplers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                skips.append(width)
         # TP
         self.mid_blocks = nn.ModuleList([time_block(width, width), time_block(width, width)])
         self.mid_attention = attention(width)
-        self.mid_output = zero_module(nn.Conv2d(width, width, 3, padding=1))
+        self.mid_output = output(width, block_out_channels[-1])
         # EP
         self.up_blocks, self.up_outputs, self.upsamplers = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for level, (out, depth) in reversed(list(enumerate(zip(widths, depths, strict=True)))):
+        for level, (unet_width, _, ep_width, depth) in reversed(list(enumerate(levels))):
             for _ in range(depth + 1):
-                self.up_blocks.append(LightBlock(width + skip_widths.pop(), out, groups, dropout))
-                self.up_outputs.append(zero_module(nn.Conv2d(out, out, 3, padding=1)))
-                width = out
+                self.up_blocks.append(LightBlock(width + skips.pop(), ep_width, groups, dropout))
+                self.up_outputs.append(output(ep_width, unet_width))
+                width = ep_width
             if level > 0:
-                self.upsamplers.append(nn.Conv2d(out, out, 3, padding=1))
+                self.upsamplers.append(nn.Conv2d(width, width, 3, padding=1))
 
-        down = [w for w, depth in zip(down_weights, depths, strict=True) for _ in range(depth)]
+        down = [weight for weight, depth in zip(down_weights, layers_per_block, strict=True) for _ in range(depth)]
         weights = torch.tensor([*down, mid_weight, *[up_weight] * len(self.up_blocks)], dtype=torch.float32)
         self.weights = nn.Parameter(weights, requires_grad=trainable_weights)
 
@@ -205,43 +201,40 @@ class BPSModel(ModelMixin, ConfigMixin):
         *,
         conditioning_channels: int = 1,
         pixel_unshuffle: int = 8,
+        preset: Literal["paper", "lite"] = "paper",
         weights: str | Sequence[float] = "head-heavy",
+        prediction_type: str | None = None,
         **config: Any,
     ) -> BPSModel:
         """An untrained network for ``unet``: its widths, depths, norm groups and time embedding.
 
         Args:
-            unet: The U-Net to steer.
-            conditioning_channels: Channels of the condition image.
+            unet: The U-Net to steer. SDXL's gets self-attention in CP and TP.
+            conditioning_channels: Channels of the condition.
             pixel_unshuffle: The VAE's scale factor; see `BPSModel`.
+            preset: ``paper``, or ``lite``; see `powersteer.presets.lite_widths`.
             weights: ``head-heavy``, ``uniform``, or one number for each level of CP, then TP's, then EP's.
+            prediction_type: The scheduler's, recorded in the fingerprint.
             **config: Further arguments of `BPSModel`.
 
         Raises:
-            ValueError: ``weights`` is unknown or of the wrong length.
+            ValueError: ``preset`` or ``weights`` is unknown, or ``weights`` of the wrong length.
         """
-        widths = tuple(unet.config["block_out_channels"])
-        depth = unet.config["layers_per_block"]
-        if isinstance(weights, str):
-            down, mid, up = integration_weights(weights, len(widths))
-        elif len(weights) == len(widths) + 2:
-            *down, mid, up = weights
-        else:
-            raise ValueError(
-                f"weights has {len(weights)} numbers; {len(widths)} levels, TP and EP need {len(widths) + 2}"
-            )
-        return cls(
-            conditioning_channels=conditioning_channels,
-            pixel_unshuffle=pixel_unshuffle,
-            block_out_channels=widths,
-            layers_per_block=(depth,) * len(widths) if isinstance(depth, int) else tuple(depth),
-            time_embed_dim=unet.time_embedding.linear_2.out_features,
-            norm_num_groups=unet.config["norm_num_groups"],
-            down_weights=tuple(down),
-            mid_weight=mid,
-            up_weight=up,
-            **config,
-        )
+        shape = network_shape(unet, preset, weights) | {"base": fingerprint(unet, prediction_type)} | config
+        return cls(conditioning_channels=conditioning_channels, pixel_unshuffle=pixel_unshuffle, **shape)
+
+    @classmethod
+    def from_original(cls, source: str | PathLike[str] | Mapping[str, torch.Tensor], **config: Any) -> BPSModel:
+        """The authors' trained network; see `powersteer.original.load_original`."""
+        from powersteer.original import load_original
+
+        shape, state = load_original(source, **config)
+        model = cls(**shape)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise PowersteerError(f"the weights are not those of one BPS network: {error}") from None
+        return model.eval()
 
     def forward(self, condition: torch.Tensor, time_embedding: torch.Tensor) -> Steering:
         """The weighted residuals for a condition at a timestep.
@@ -284,12 +277,17 @@ class BPSModel(ModelMixin, ConfigMixin):
         return Steering(down, mid, up)
 
 
-def zero_module(module: nn.Conv2d) -> nn.Conv2d:
-    """``module`` with its parameters at zero: an untrained network adds nothing."""
-    nn.init.zeros_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-    return module
+def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    """``groups`` groups, or as many as divide a width that is no multiple of them."""
+    return nn.GroupNorm(gcd(groups, channels), channels, eps=GROUP_NORM_EPS)
+
+
+def zero_conv(in_channels: int, out_channels: int, kernel_size: int = 3) -> nn.Conv2d:
+    """A convolution that starts at zero: an untrained network adds nothing."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv
 
 
 def shortcut(in_channels: int, out_channels: int) -> nn.Module:

@@ -1,11 +1,22 @@
-"""The names in the authors' checkpoints → ours."""
+"""The authors' checkpoints → ours: names, and the architecture read off names and shapes."""
 
 from __future__ import annotations
 
+import logging
+import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from powersteer.errors import PowersteerError
+
+logger = logging.getLogger(__name__)
 
 _TIME_BLOCK = {
     "in_layers.0": "norm1",
@@ -16,57 +27,217 @@ _TIME_BLOCK = {
     "skip_connection": "conv_shortcut",
 }
 _LIGHT_BLOCK = {"out_layers.0": "norm", "out_layers.3": "conv", "skip_connection": "conv_shortcut"}
+_ATTENTION = {"norm": "norm", "qkv": "to_qkv", "proj_out": "to_out"}
 
 
-def rename_original(state: Mapping[str, torch.Tensor], layers_per_block: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Rename the weights of the authors' network (LDM names, prefix removed) to `BPSModel`'s.
-
-    Output convolutions that the method never uses (those of conv_in and of the stride-2 convolutions) are left out.
+def load_original(
+    source: str | PathLike[str] | Mapping[str, torch.Tensor],
+    *,
+    conditioning_channels: int,
+    unshuffle: int = 8,
+    attention_head_dim: int = 64,
+    norm_num_groups: int = 32,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read the authors' network: the arguments of `BPSModel`, and its weights under our names.
 
     Args:
-        state: Names below ``control_model.``.
-        layers_per_block: The network's ResBlocks at each level.
-    """
-    block_of: dict[int, int] = {}  # input block → ours
-    downsampler_of: dict[int, int] = {}
-    position = 1
-    for level, depth in enumerate(layers_per_block):
-        for _ in range(depth):
-            block_of[position] = len(block_of)
-            position += 1
-        if level + 1 < len(layers_per_block):
-            downsampler_of[position] = level
-            position += 1
-    upsamplers = sorted({int(name.split(".")[1]) for name in state if re.match(r"output_blocks\.\d+\.2\.", name)})
+        source: A state dict, or a Lightning ``.ckpt``, ``.pt`` or ``.safetensors`` file; the whole model or the network
+            alone, under any prefix. Pickles are read with ``weights_only=True``.
+        conditioning_channels: Channels of the condition image, before it is unshuffled.
+        unshuffle: Pixels of the condition a side of one latent; 1 for feature maps at latent resolution.
+        attention_head_dim: Head width of the self-attention, where the network has any (SDXL).
+        norm_num_groups: Groups of every GroupNorm; shapes do not tell.
 
-    renamed: dict[str, torch.Tensor] = {}
-    for name, tensor in state.items():
-        room, _, rest = name.partition(".")
-        index_text, _, inner = rest.partition(".")
-        index = int(index_text)
-        layer, _, kind = inner.rpartition(".")
-        if room == "input_blocks" and index == 0:
-            renamed[f"conv_in.{inner}"] = tensor
-        elif room == "input_blocks" and index in downsampler_of:
-            renamed[f"downsamplers.{downsampler_of[index]}.{kind}"] = tensor
-        elif room == "input_blocks":
-            renamed[f"down_blocks.{block_of[index]}.{_TIME_BLOCK[layer]}.{kind}"] = tensor
-        elif room == "zero_blocks" and index in block_of:
-            renamed[f"down_outputs.{block_of[index]}.{inner}"] = tensor
-        elif room == "zero_blocks" and index == position:
-            renamed[f"mid_output.{inner}"] = tensor
-        elif room == "middle_block":
-            renamed[f"mid_blocks.{index}.{_TIME_BLOCK[layer]}.{kind}"] = tensor
-        elif room == "output_blocks":
-            part, _, layer = layer.partition(".")
-            if part == "0":
-                renamed[f"up_blocks.{index}.{_LIGHT_BLOCK[layer]}.{kind}"] = tensor
-            elif part == "1":
-                renamed[f"up_outputs.{index}.{kind}"] = tensor
+    Raises:
+        PowersteerError: The file cannot be read safely, holds no such network, or reads other channels.
+    """
+    state = _network(_read(source), _name(source))
+    blocks = _Blocks(state, _name(source))
+    read = blocks.shape_of("input_blocks.0.weight")[1]
+    if read != conditioning_channels * unshuffle**2:
+        raise PowersteerError(
+            f"{_name(source)} reads {read} channels after unshuffling; {conditioning_channels} conditioning channels "
+            f"unshuffled by {unshuffle} are {conditioning_channels * unshuffle**2}"
+        )
+    renamed, unused = blocks.rename()
+    if unused:
+        count = sum(state[name].numel() for name in unused)
+        rooms = sorted({".".join(name.split(".")[:2]) for name in unused}, key=_natural)
+        logger.warning(
+            "dropped %d weights (%.1f M parameters) that the method never uses: %s",
+            len(unused),
+            count / 1e6,
+            ", ".join(rooms),
+        )
+    per_level = [blocks.weight(positions[0]) for positions in blocks.levels]
+    shape = {
+        "conditioning_channels": conditioning_channels,
+        "pixel_unshuffle": unshuffle,
+        "block_out_channels": tuple(blocks.width(positions[-1]) for positions in blocks.levels),
+        "layers_per_block": tuple(len(positions) for positions in blocks.levels),
+        "time_embed_dim": blocks.shape_of(f"input_blocks.{blocks.levels[0][0]}.emb_layers.1.weight")[1],
+        "norm_num_groups": norm_num_groups,
+        "attention_head_dim": attention_head_dim if blocks.has_attention else None,
+        "down_weights": tuple(per_level),
+        "mid_weight": blocks.weight(blocks.last_weight),
+        "up_weight": 1.0,
+    }
+    return shape, renamed
+
+
+class _Blocks:
+    """The authors' numbering of blocks, read off the names below ``control_model.``."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor], source: str) -> None:
+        self.state, self.source = state, source
+        self.layout = {_flat(name): name for name in state}
+        count = 1 + max(_indices(self.layout, r"input_blocks\.(\d+)\."))
+        strided = set(_indices(self.layout, r"input_blocks\.(\d+)\.op\."))
+        self.has_attention = any(".qkv." in name for name in self.layout)
+        self.strided = sorted(strided)
+        self.levels: list[list[int]] = [[]]
+        for position in range(1, count):
+            if position in strided:
+                self.levels.append([])
             else:
-                renamed[f"upsamplers.{upsamplers.index(index)}.{kind}"] = tensor
-    scalars = [state[f"res_weights.{i}"] for i in block_of]
-    mid = state[f"res_weights.{sum(name.startswith('res_weights.') for name in state) - 1}"]
-    foot = torch.ones(len({name.split(".")[1] for name in state if name.startswith("output_blocks.")}))
-    renamed["weights"] = torch.cat([torch.stack(scalars), mid[None], foot.to(mid)])
-    return renamed
+                self.levels[-1].append(position)
+        self.last_weight = max(_indices(self.layout, r"res_weights\.(\d+)"))
+        self.last_output = max(_indices(self.layout, r"zero_blocks\.(\d+)\."))
+        """TP's come last in their rooms, at positions of their own."""
+        if not all(self.levels) or 0 in strided:
+            raise PowersteerError(f"{source}: a level without a ResBlock; this is no BPS network")
+
+    def shape_of(self, flat: str) -> torch.Size:
+        """Of a weight that must be there."""
+        if flat not in self.layout:
+            raise PowersteerError(f"{self.source} has no {flat}: it is incomplete, or no BPS network")
+        return self.state[self.layout[flat]].shape
+
+    def width(self, position: int) -> int:
+        """Of the ResBlock at ``position``."""
+        return self.shape_of(f"input_blocks.{position}.in_layers.2.weight")[0]
+
+    def weight(self, position: int) -> float:
+        """The integration weight at ``position``."""
+        self.shape_of(f"res_weights.{position}")
+        return self.state[self.layout[f"res_weights.{position}"]].float().item()
+
+    def rename(self) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """Weights under our names, and the names of those never used."""
+        block_of = {position: i for i, position in enumerate(p for level in self.levels for p in level)}
+        upsamplers = sorted(set(_indices(self.layout, r"output_blocks\.(\d+)\.2\.")))
+        renamed: dict[str, torch.Tensor] = {}
+        unused: list[str] = []
+        for flat, name in self.layout.items():
+            ours = self._ours(flat, block_of, upsamplers)
+            if ours is not None:
+                tensor = self.state[name]
+                conv1d = flat.endswith(("qkv.weight", "proj_out.weight")) and tensor.ndim == 3
+                renamed[ours] = tensor[..., None] if conv1d else tensor
+            elif not flat.startswith("res_weights.") or int(flat.split(".")[1]) not in {*block_of, self.last_weight}:
+                unused.append(name)
+        foot = 1 + max(_indices(self.layout, r"output_blocks\.(\d+)\."))
+        weights = [*(self.weight(position) for position in block_of), self.weight(self.last_weight), *[1.0] * foot]
+        return renamed | {"weights": torch.tensor(weights)}, unused
+
+    def _ours(self, flat: str, block_of: Mapping[int, int], upsamplers: list[int]) -> str | None:
+        """Our name of a weight; None for what is never used."""
+        room, _, rest = flat.partition(".")
+        if room not in ("input_blocks", "zero_blocks", "middle_block", "output_blocks"):
+            return None
+        index_text, _, inner = rest.partition(".")
+        index, (layer, _, kind) = int(index_text), inner.rpartition(".")
+        if room == "zero_blocks":
+            if index == self.last_output:
+                return f"mid_output.{kind}"
+            return f"down_outputs.{block_of[index]}.{kind}" if index in block_of else None
+        if room == "input_blocks" and index == 0:
+            return f"conv_in.{kind}"
+        if room == "input_blocks" and index in self.strided:
+            return f"downsamplers.{self.strided.index(index)}.{kind}"
+        if room == "input_blocks":
+            if layer in _ATTENTION:
+                return f"down_attentions.{block_of[index]}.{_ATTENTION[layer]}.{kind}"
+            return self._known(f"down_blocks.{block_of[index]}", _TIME_BLOCK, layer, kind)
+        if room == "middle_block":
+            if layer in _ATTENTION:
+                return f"mid_attention.{_ATTENTION[layer]}.{kind}"
+            return self._known(f"mid_blocks.{min(index, 1)}", _TIME_BLOCK, layer, kind)
+        part, _, layer = layer.partition(".")
+        if part == "0":
+            return self._known(f"up_blocks.{index}", _LIGHT_BLOCK, layer, kind)
+        if part == "1":
+            return f"up_outputs.{index}.{kind}"
+        return f"upsamplers.{upsamplers.index(index)}.{kind}"
+
+    @staticmethod
+    def _known(block: str, names: Mapping[str, str], layer: str, kind: str) -> str | None:
+        return f"{block}.{names[layer]}.{kind}" if layer in names else None
+
+
+def _read(source: str | PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(source, Mapping):
+        return source
+    path = Path(source)
+    if not path.is_file():
+        raise PowersteerError(f"{path} is no file: give a .ckpt, .pt or .safetensors of the authors' network")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error):
+            raise PowersteerError(
+                f"{path} holds more than tensors (code that would run on loading), so it is not opened: save its "
+                "state dict alone, or as .safetensors"
+            ) from None
+        raise PowersteerError(f"{path} is no checkpoint: {_first_line(error)}") from None
+    except (RuntimeError, SafetensorError, EOFError, OSError, ValueError, KeyError) as error:
+        raise PowersteerError(f"{path} is truncated or no checkpoint: {_first_line(error)}") from None
+    if not isinstance(state, Mapping):
+        raise PowersteerError(f"{path} holds a {type(state).__name__}, not a state dict")
+    return state
+
+
+def _network(state: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
+    """The network's own weights, prefix removed."""
+    inner = state.get("state_dict", state)
+    tensors = {str(name): tensor for name, tensor in inner.items() if isinstance(tensor, torch.Tensor)}
+    prefixes = {match[1] for name in tensors if (match := re.match(r"(.*?)zero_blocks\.\d+\.", name))}
+    if not prefixes:
+        hint = "; this is a ControlNet" if any("zero_convs." in name for name in tensors) else ""
+        raise PowersteerError(f"{source} holds no BPS network (no 'zero_blocks' among its names){hint}")
+    if len(prefixes) > 1:
+        raise PowersteerError(f"{source} holds several BPS networks, under {', '.join(sorted(prefixes))}: keep one")
+    prefix = prefixes.pop()
+    network = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    rooms = ("input_blocks.", "zero_blocks.", "middle_block.", "output_blocks.", "res_weights.")
+    missing = [room for room in rooms if not any(name.startswith(room) for name in network)]
+    if missing:
+        raise PowersteerError(f"{source} has no {missing[0]}*: it is incomplete, or no BPS network")
+    return network
+
+
+def _flat(name: str) -> str:
+    """One spelling: a lone ResBlock, strided or output convolution loses the index of its container.
+
+    Stable Diffusion's network has ``input_blocks.1.in_layers``, SDXL's ``input_blocks.1.0.in_layers`` and
+    ``input_blocks.1.1.qkv``.
+    """
+    return re.sub(r"^((?:input_blocks|zero_blocks|res_weights)\.\d+)\.[01](?=\.|$)", r"\1", name)
+
+
+def _indices(names: Iterable[str], pattern: str) -> list[int]:
+    return [int(match[1]) for name in names if (match := re.match(pattern, name))]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:160]
+
+
+def _name(source: str | PathLike[str] | Mapping[str, Any]) -> str:
+    return "the state dict" if isinstance(source, Mapping) else str(source)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.training_utils import compute_snr
 from pydantic import Field
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -35,8 +34,6 @@ class UNetConfig(FitConfig):
     norm_num_groups: int = 16
     beta_start: float = 0.00085
     beta_end: float = 0.02
-    snr_gamma: float = Field(default=5.0, gt=0)
-    """Min-SNR weighting (Hang et al., ICCV 2023)."""
     empty_prompt_share: float = Field(default=0.1, ge=0, lt=1)
     people_weight: float = Field(default=0.4, gt=0, le=1)
     """How often a picture of people is drawn against any other: they are many and alike."""
@@ -68,11 +65,16 @@ def build_unet(config: UNetConfig, cross_attention_dim: int, latent_channels: in
 
 
 def build_scheduler(config: UNetConfig) -> DDIMScheduler:
-    """The noise schedule, ε-prediction: Stable Diffusion's, ending in more noise since these pictures are small."""
+    """The noise schedule: Stable Diffusion's, ending in more noise since these pictures are small; v-prediction.
+
+    Predicting ε, even with min-SNR weights, left the noisiest timesteps worse than the mean picture (squared error of
+    the clean latents 2.0 at t = 999 after 400,000 pictures, where the mean has 0.9): colours came, shapes did not.
+    """
     return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=config.beta_start,
         beta_end=config.beta_end,
+        prediction_type="v_prediction",
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
@@ -145,16 +147,15 @@ def train_unet(
         timesteps = torch.randint(len(alphas_cumprod), (size,), generator=generator)
         noisy = scheduler.add_noise(clean, noise, timesteps).to(device, memory_format=torch.channels_last)
         guess = denoise(noisy, timesteps.to(device), text.to(device, torch.float32), return_dict=False)[0]
-        error = F.mse_loss(guess.float(), noise.to(device), reduction="none").mean((1, 2, 3))
-        snr = compute_snr(scheduler, timesteps)
-        weight = (snr.clamp(max=config.snr_gamma) / snr).to(device)
-        return (weight * error).mean(), {"error": error.mean().item()}
+        velocity = scheduler.get_velocity(clean, noise, timesteps)
+        return F.mse_loss(guess.float(), velocity.to(device)), {}
 
     def report(step: int) -> dict[str, float]:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(held_out_latents.shape, generator=generator)
         timesteps = torch.linspace(20, 980, len(held_out_latents)).long()
         noisy = scheduler.add_noise(held_out_latents, noise, timesteps)
+        velocity = scheduler.get_velocity(held_out_latents, noise, timesteps)
         guess = torch.cat(
             [
                 unet(a.to(device), t.to(device), s.to(device, torch.float32)).sample.cpu()
@@ -169,7 +170,7 @@ def train_unet(
         made = sample(pipe, config, [f"icon of {name}" for name in names])
         ranks = caption_ranks(clip, tokenizer, made, names, torch.arange(len(names)))
         return {
-            "held_out_error": F.mse_loss(guess, noise).item(),
+            "held_out_loss": F.mse_loss(guess, velocity).item(),
             "generated_top5": (ranks < 5).float().mean().item(),
         }
 

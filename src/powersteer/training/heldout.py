@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from powersteer.data.encode import EncodedPairs
 from powersteer.model import BPSModel
 from powersteer.steering import steer
+from powersteer.training.objective import denoising_target
 
 
 class HeldOut:
@@ -34,7 +35,7 @@ class HeldOut:
 
     @torch.no_grad()
     def losses(self, model: BPSModel | None, *, shuffled: bool = False, batch_size: int = 64) -> torch.Tensor:
-        """Mean squared error of ε for each draw, (N·draws,).
+        """Mean squared error of the denoiser's prediction for each draw, (N·draws,).
 
         Args:
             model: The steering network; ``None`` measures the prior.
@@ -45,12 +46,14 @@ class HeldOut:
         losses: list[torch.Tensor] = []
         for part in torch.arange(len(self.rows)).split(batch_size):
             rows, timesteps, noise = self.rows[part], self.timesteps[part], self.noise[part]
-            noisy = self.pipe.scheduler.add_noise(self.pairs.latents[rows], noise, timesteps).to(device)
+            latents = self.pairs.latents[rows]
+            noisy = self.pipe.scheduler.add_noise(latents, noise, timesteps).to(device)
             text = self.pairs.text_states[self.pairs.text_rows[rows]].to(device)
             # Pairs of one concept lie side by side: half the folder away is another concept.
             shift = len(self.pairs) // 2 if shuffled else 0
             condition = self.pairs.condition((rows + shift) % len(self.pairs)).to(device)
             with steer(self.pipe.unet, model, condition) if model is not None else nullcontext():
                 guess = self.pipe.unet(noisy, timesteps.to(device), text).sample
-            losses.append(F.mse_loss(guess.float().cpu(), noise, reduction="none").mean((1, 2, 3)))
+            target = denoising_target(self.pipe.scheduler, latents, noise, timesteps)
+            losses.append(F.mse_loss(guess.float().cpu(), target, reduction="none").mean((1, 2, 3)))
         return torch.cat(losses)

@@ -31,6 +31,7 @@ from powersteer.steering import steer
 from powersteer.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from powersteer.training.config import TrainConfig
 from powersteer.training.heldout import HeldOut
+from powersteer.training.objective import denoising_target
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def train(config: TrainConfig) -> TrainResult:
         conditioning_channels=config.conditioning_channels,
         pixel_unshuffle=pipe.vae_scale_factor,
         weights=config.weights,
-        conditioning_kind=config.conditioning_kind,
+        prediction_type=pipe.scheduler.config.prediction_type,
+        conditioning={"kind": config.conditioning_kind, "range": [0, 1], "polarity": "ink 1 on 0", "palette": None},
     )
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.adam_weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -109,11 +111,12 @@ def train(config: TrainConfig) -> TrainResult:
             text_rows = train_pairs.text_rows[rows].clone()
             text_rows[torch.rand(len(rows), generator=generator) < config.proportion_empty_prompts] = 0
 
-            # 2. The loss ‖ε − ε̄(z_t, t, text, c)‖².
+            # 2. The loss ‖ε − ε̄(z_t, t, text, c)‖², or its like for a base that predicts v.
             to = accelerator.device
             with accelerator.autocast(), steer(pipe.unet, network, train_pairs.condition(rows).to(to)):
                 guess = pipe.unet(noisy.to(to), timesteps.to(to), train_pairs.text_states[text_rows].to(to)).sample
-            loss = F.mse_loss(guess.float(), noise.to(to))
+            target = denoising_target(pipe.scheduler, latents, noise, timesteps)
+            loss = F.mse_loss(guess.float(), target.to(to))
             if not torch.isfinite(loss):
                 raise PowersteerError(
                     f"the loss is {loss.item()} at step {state['step']}: nothing was saved over the last "

@@ -1,0 +1,50 @@
+"""What an adapter must know about the base it was trained on, to refuse another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_FAMILIES = {
+    ((320, 640, 1280, 1280), 768): "Stable Diffusion 1.x",
+    ((320, 640, 1280, 1280), 1024): "Stable Diffusion 2.x",
+    ((320, 640, 1280), 2048): "Stable Diffusion XL",
+    ((384, 768, 1536, 1536), 1280): "Stable Diffusion XL refiner",
+    ((64, 128, 160), 192): "powersteer-tiny",
+}
+
+
+def fingerprint(unet: Any, prediction_type: str | None = None) -> dict[str, Any]:
+    """Family, block widths, cross-attention width and prediction type (where known) of a base.
+
+    Args:
+        unet: A `UNet2DConditionModel`.
+        prediction_type: Its scheduler's: ``epsilon``, ``v_prediction`` or ``sample``.
+    """
+    widths = tuple(unet.config["block_out_channels"])
+    cross_attention = unet.config["cross_attention_dim"]
+    width = cross_attention if isinstance(cross_attention, int) else max(cross_attention)
+    return {
+        "family": _FAMILIES.get((widths, width), "unknown"),
+        "block_out_channels": list(widths),
+        "cross_attention_dim": width,
+        "prediction_type": prediction_type,
+    }
+
+
+def differences(made_for: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """The keys in which two fingerprints disagree; what one of them does not know is no disagreement."""
+    keys = ("block_out_channels", "cross_attention_dim", "prediction_type")
+    known = [key for key in keys if made_for.get(key) is not None and given.get(key) is not None]
+    return [key for key in known if _plain(made_for[key]) != _plain(given[key])]
+
+
+def describe(base: Mapping[str, Any]) -> str:
+    """A base in a few words."""
+    widths = "-".join(str(width) for width in base["block_out_channels"])
+    name = "a U-Net" if base.get("family") in (None, "unknown") else f"{base['family']}"
+    return f"{name} (widths {widths}, text width {base['cross_attention_dim']}, {base['prediction_type'] or 'ε or v'})"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
