@@ -220,7 +220,8 @@ class BPSModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: ``preset`` or ``weights`` is unknown, or ``weights`` of the wrong length.
         """
-        shape = network_shape(unet, preset, weights) | {"base": fingerprint(unet, prediction_type)} | config
+        shape: dict[str, Any] = network_shape(unet, preset, weights) | {"base": fingerprint(unet, prediction_type)}
+        shape |= config
         return cls(conditioning_channels=conditioning_channels, pixel_unshuffle=pixel_unshuffle, **shape)
 
     @classmethod

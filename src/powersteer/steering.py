@@ -87,7 +87,8 @@ def steer(
         others.append(bridge)
         hooks.callback(others.remove, bridge)
         hooks.enter_context(unet.register_forward_pre_hook(bridge.before_unet, with_kwargs=True))
-        hooks.enter_context(unet.time_embedding.register_forward_hook(bridge.after_time_embedding))
+        evaluate = torch.compiler.disable(bridge.after_time_embedding)
+        hooks.enter_context(unet.time_embedding.register_forward_hook(evaluate))
         for position, layer in steered_layers(unet):
             hooks.enter_context(layer.register_forward_hook(bridge.adder(position)))
         if steering_guidance_scale is not None:
@@ -235,7 +236,6 @@ class _Bridge:
                 )
         self.layouts = [self._layout(sample.shape[0], len(source.condition)) for source in self.sources]
 
-    @torch.compiler.disable
     def after_time_embedding(self, _: nn.Module, __: tuple[Any, ...], time_embedding: torch.Tensor) -> None:
         """Evaluate the networks, each once for each distinct condition."""
         self.added = []
@@ -243,7 +243,7 @@ class _Bridge:
             return
         for source, layout in zip(self.sources, self.layouts, strict=True):
             strength = self._strength(source, layout, time_embedding)
-            if isinstance(strength, float) and strength == 0:
+            if isinstance(strength, float) and not strength:
                 continue
             if self.one_timestep:
                 residuals = source.residuals(time_embedding[:1])

@@ -32,35 +32,41 @@ class MuonAdamW:
         self._hidden = [(p, nn.Parameter(_matrix(p.detach()))) for p in hidden]
         views = [view for _, view in self._hidden]
         assert all(view.data_ptr() == p.data_ptr() for p, view in self._hidden)
-        self._muon = torch.optim.Muon(views, lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        self._adamw = torch.optim.AdamW(rest, lr, betas=betas, weight_decay=weight_decay, fused=True)
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        if views:
+            muon = torch.optim.Muon(views, lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self._optimizers["muon"] = muon
+        if rest:
+            adamw = torch.optim.AdamW(rest, lr, betas=betas, weight_decay=weight_decay, fused=True)
+            self._optimizers["adamw"] = adamw
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Of both optimizers."""
-        return [*self._muon.param_groups, *self._adamw.param_groups]
+        return [group for optimizer in self._optimizers.values() for group in optimizer.param_groups]
 
     def step(self) -> None:
         """Apply the gradients."""
         for parameter, view in self._hidden:
             view.grad = None if parameter.grad is None else _matrix(parameter.grad)
-        self._muon.step()
-        self._adamw.step()
+        for optimizer in self._optimizers.values():
+            optimizer.step()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        for parameter, view in self._hidden:
-            parameter.grad = view.grad = None
-        self._adamw.zero_grad()
+        for parameter, _ in self._hidden:
+            parameter.grad = None
+        for optimizer in self._optimizers.values():
+            optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """Both optimizers' states."""
-        return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
+        return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self._muon.load_state_dict(state["muon"])
-        self._adamw.load_state_dict(state["adamw"])
+        for name, optimizer in self._optimizers.items():
+            optimizer.load_state_dict(state[name])
 
 
 def _fans(parameter: torch.Tensor) -> tuple[int, int]:
