@@ -89,6 +89,31 @@ def pretrain(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help=".ckpt, .pt or .safetensors; read safely.", show_default=False)],
+    out_dir: Annotated[Path, typer.Argument(help="A new folder for the adapter.", show_default=False)],
+    conditioning_channels: Annotated[int, typer.Option(min=1, help="1 sketch, 3 RGB, 4 style.")] = 1,
+    unshuffle: Annotated[int, typer.Option(min=1, help="Pixels a side of one latent; 1 for feature maps.")] = 8,
+    attention_head_dim: Annotated[int, typer.Option(min=1, help="Head width of self-attention (SDXL).")] = 64,
+    norm_num_groups: Annotated[int, typer.Option(min=1, help="Of every GroupNorm.")] = 32,
+    kind: Annotated[str, typer.Option(help="What the condition is, recorded in the config.")] = "sketch",
+) -> None:
+    """Make an adapter of a checkpoint in the paper authors' format."""
+    from powersteer.convert import convert as run
+
+    written = run(
+        source,
+        out_dir,
+        conditioning_channels=conditioning_channels,
+        unshuffle=unshuffle,
+        attention_head_dim=attention_head_dim,
+        norm_num_groups=norm_num_groups,
+        kind=kind,
+    )
+    out.print(str(written), soft_wrap=True, highlight=False)
+
+
+@app.command()
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("demo"),
     pairs: Annotated[int | None, typer.Option(min=2, help="Train on so few pairs; all by default.")] = None,

@@ -234,7 +234,8 @@ class BPSModel(ModelMixin, ConfigMixin):
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            raise PowersteerError(f"the weights are not those of one BPS network: {error}") from None
+            reason = " ".join(str(error).split())[:300]
+            raise PowersteerError(f"the weights are not those of one BPS network: {reason}") from None
         return model.eval()
 
     def forward(self, condition: torch.Tensor, time_embedding: torch.Tensor) -> Steering:

@@ -21,6 +21,7 @@ from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from powersteer.base import load_base
+from powersteer.conditions.kinds import conditioning_record
 from powersteer.config import save_config
 from powersteer.data.encode import EncodedPairs, encode_pairs
 from powersteer.data.pairs import PairFolder
@@ -73,7 +74,7 @@ def train(config: TrainConfig) -> TrainResult:
         pixel_unshuffle=pipe.vae_scale_factor,
         weights=config.weights,
         prediction_type=pipe.scheduler.config.prediction_type,
-        conditioning={"kind": config.conditioning_kind, "range": [0, 1], "polarity": "ink 1 on 0", "palette": None},
+        conditioning=conditioning_record(config.conditioning_kind),
     )
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.adam_weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
