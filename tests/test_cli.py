@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
@@ -57,13 +58,13 @@ def test_generate_writes_pictures_that_carry_their_settings(run, tmp_path, base_
     code, out, _ = run(*args)
     assert code == 0
     files = [line for line in out.splitlines() if line]
-    assert [Path(file).name for file in files] == ["00000-seed5.png", "00000-seed6.png", "grid.png"]
+    assert [Path(file).name for file in files] == ["00000-seed5.png", "00001-seed6.png", "grid.png"]
     with Image.open(files[1]) as picture:
         settings = json.loads(picture.text["powersteer"])
         first = picture.convert("RGB").tobytes()
-    assert settings["prompt"] == "a fox" and settings["seed"] == 6 and settings["inverted"] is True
+    assert settings["prompt"] == "a fox" and settings["seed"] == 6 and settings["inverted"] == [True]
     run(*args)  # the same seed gives the same picture; nothing is overwritten
-    with Image.open(tmp_path / "out" / "00001-seed6.png") as picture:
+    with Image.open(tmp_path / "out" / "00003-seed6.png") as picture:
         assert picture.convert("RGB").tobytes() == first
 
 
@@ -73,6 +74,82 @@ def one_line(result, *parts):
     assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
     for part in parts:
         assert part in err, err
+
+
+def pixels(file):
+    with Image.open(file) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def test_a_manifest_of_many_goes_on_where_it_stopped(run, tmp_path, base_dir, adapter_dir, drawing):
+    square = Image.new("RGB", (64, 64), "white")
+    ImageDraw.Draw(square).rectangle((20, 20, 44, 44), outline="black", width=3)
+    square.save(tmp_path / "square.png")
+    rows = [
+        {"prompt": "a fox", "condition": "drawing.png", "seed": 3},
+        {"prompt": "the moon", "condition": ["square.png"], "seed": 4, "negative_prompt": "a fox"},
+        {"prompt": "two fish", "condition": "drawing.png"},
+    ]
+    manifest = tmp_path / "many.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["generate", "--adapter", adapter_dir, "--base", base_dir, "--steps", 2]
+    many = [*common, "--manifest", manifest, "--out", tmp_path / "many", "--batch-size", 2]
+    code, out, err = run(*many)
+    assert code == 0, err
+    files = [Path(line) for line in out.splitlines()]
+    assert [file.name for file in files] == ["00000-seed3.png", "00001-seed4.png", "00002-seed0.png", "grid.png"]
+    alone = ["--condition", tmp_path / "square.png", "--prompt", "the moon", "--negative-prompt", "a fox"]
+    run(*common, *alone, "--seed", 4, "--num-images", 1, "--out", tmp_path / "alone")
+    assert abs(pixels(files[1]) - pixels(tmp_path / "alone" / "00000-seed4.png")).max() <= 1
+    assert abs(pixels(files[0]) - pixels(files[1])).max() > 5
+
+    first, before = files[0].stat().st_mtime_ns, pixels(files[1])
+    files[1].unlink()  # as if stopped: only what is missing is made again
+    assert run(*many)[0] == 0
+    assert files[0].stat().st_mtime_ns == first and abs(pixels(files[1]) - before).max() <= 1
+    one_line(run(*many, "--scale", 0.5), "00000-seed3.png was made with other settings")
+    manifest.write_text(json.dumps(rows[0]) + '\n{"prompt": "x", "conditions": "drawing.png"}\n')
+    one_line(run(*many), "line 2: unknown key 'conditions'; did you mean 'condition'?")
+    manifest.write_text(json.dumps(rows[0]) + "\nnonsense\n")
+    one_line(run(*many), "line 2 is not JSON")
+    manifest.write_text("")
+    one_line(run(*many), "many.jsonl is empty")
+
+
+def test_schedulers_pictures_to_start_from_masks_and_several_adapters(run, tmp_path, base_dir, adapter_dir, drawing):
+    start, mask = Image.new("RGB", (32, 32), "orange"), Image.new("L", (32, 32), 0)
+    mask.paste(255, (0, 0, 16, 32))
+    start.save(tmp_path / "start.png")
+    mask.save(tmp_path / "mask.png")
+    made = {}
+
+    def generate(name, *extra):
+        args = ["--prompt", "a fox", "--condition", drawing, "--adapter", adapter_dir, "--base", base_dir, "--steps", 3]
+        code, _, err = run("generate", *args, *extra, "--num-images", 1, "--out", tmp_path / name)
+        assert code == 0, err
+        made[name] = pixels(tmp_path / name / "00000-seed0.png")
+
+    init = ["--init-image", tmp_path / "start.png"]
+    generate("plain")
+    for scheduler in ("dpm++", "euler-a", "unipc"):
+        generate(scheduler, "--scheduler", scheduler)
+    generate("late", "--start", 0.5)
+    generate("image to image", *init, "--strength", 0.6)
+    generate("inpainting", *init, "--mask-image", tmp_path / "mask.png")
+    generate("two", "--condition", drawing, "--adapter", adapter_dir, "--scale", 0.5, "--scale", 0.5)
+    generate("one and none", "--condition", drawing, "--adapter", adapter_dir, "--scale", 1, "--scale", 0)
+    assert abs(made["two"] - made["plain"]).max() <= 1  # two halves of one steering
+    assert abs(made["one and none"] - made["plain"]).max() <= 1
+    for name in ("dpm++", "euler-a", "unipc", "late", "image to image", "inpainting"):
+        assert abs(made[name] - made["plain"]).max() > 3, name
+    bad = ["generate", "--prompt", "a fox", "--base", base_dir, "--adapter", adapter_dir]
+    one_line(run(*bad), "no condition")
+    bad += ["--condition", drawing]
+    one_line(run(*bad, "--condition", drawing), "1 adapters need as many conditions, not 2")
+    one_line(run(*bad, "--scale", 1, "--scale", 2), "2 times --scale for 1 adapters")
+    one_line(run(*bad, "--mask-image", tmp_path / "mask.png"), "give --init-image too")
+    one_line(run(*bad, "--scheduler", "magic"), "'scheduler'", "ddim")
+    one_line(run(*bad, *init, "--strength", 0), "'strength'")
 
 
 def test_bad_generate_input_is_one_line_each(run, tmp_path, base_dir, adapter_dir, drawing):

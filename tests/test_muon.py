@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -23,9 +24,9 @@ class Net(nn.Module):
         return self.out(self.head(self.conv(maps).tanh().mean((2, 3))).tanh())
 
 
-def build():
+def build(memory_format=torch.channels_last):
     torch.manual_seed(0)
-    return Net().to(memory_format=torch.channels_last)
+    return Net().to(memory_format=memory_format)
 
 
 def backward(net, seed):
@@ -37,8 +38,9 @@ def optimizer(net):
     return MuonAdamW(net, RATE, betas=(0.9, 0.99), weight_decay=0.1)
 
 
-def test_each_weight_moves_as_torchs_optimizer_of_its_kind_moves_it():
-    net, peer = build(), build()
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_each_weight_moves_as_torchs_optimizer_of_its_kind_moves_it(memory_format):
+    net, peer = build(memory_format), build()
     ours = optimizer(net)
     hidden = {"conv.weight", "head.weight"}
     muon = {}

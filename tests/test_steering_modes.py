@@ -1,6 +1,7 @@
 """Several conditions, parts of the schedule, modes of guidance, plans, torch.compile."""
 
 import gc
+import warnings
 
 import pytest
 import torch
@@ -262,8 +263,9 @@ def test_image_to_image_and_inpainting(pipe, model):
     ImageDraw.Draw(mask).rectangle((0, 0, 16, 32), fill=255)
     parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
     torch.manual_seed(0)
-    shape = dict(pipe.unet.config) | {"in_channels": 9}
-    nine = UNet2DConditionModel.from_config(shape).eval()
+    shape = {name: value for name, value in pipe.unet.config.items() if not name.startswith("_")}
+    nine = UNet2DConditionModel.from_config(shape | {"in_channels": 9}).eval()
+    assert nine.conv_in.in_channels == 9
     for make, unet, extra in (
         (StableDiffusionImg2ImgPipeline, pipe.unet, {"strength": 0.7}),
         (StableDiffusionInpaintPipeline, pipe.unet, {"mask_image": mask, "height": 32, "width": 32}),
@@ -344,3 +346,16 @@ def test_what_has_no_unet_is_refused(model):
         steer(torch.nn.Linear(2, 2), model, condition_of(0)),
     ):
         pass
+
+
+def test_an_inverted_sketch_is_warned_of(pipe):
+    model = BPSModel.from_unet(pipe.unet, pixel_unshuffle=4, conditioning={"kind": "sketch"})
+    paper = torch.ones(1, 1, 32, 32)
+    paper[..., 10:12, :] = 0
+    with pytest.warns(UserWarning, match="94% of the sketch is ink, which is 1 on 0: is it inverted"):
+        with steer(pipe, model, paper):
+            pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with steer(pipe, model, 1 - paper):
+            pass

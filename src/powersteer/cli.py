@@ -21,40 +21,72 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+measure = typer.Typer(help="Measure what the documentation states.", no_args_is_help=True)
+app.add_typer(measure, name="bench")
 out = Console()
 
 
 @app.command()
 def generate(
-    condition: Annotated[Path, typer.Option(help="The drawing to follow: PNG, JPEG, …", show_default=False)],
-    prompt: Annotated[str, typer.Option(help="What it shows.", show_default=False)],
-    adapter: Annotated[str, typer.Option(help="'sketch', or a folder that `train` wrote.")] = "sketch",
-    base: Annotated[str, typer.Option(help="The frozen base: a name or a folder.")] = "powersteer-tiny",
+    condition: Annotated[
+        list[Path] | None, typer.Option(help="The drawing to follow: PNG, JPEG, …; once for each adapter.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What it shows.", show_default=False)] = "",
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="'sketch' (the default), or a folder that `train` wrote; may be repeated.")
+    ] = None,
+    base: Annotated[
+        str, typer.Option(help="The frozen base: a name, a folder, or a model of the Hub.")
+    ] = "powersteer-tiny",
     negative_prompt: Annotated[str, typer.Option(help="What to keep away from.")] = "",
     seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
-    num_images: Annotated[int, typer.Option(min=1, max=64, help="Pictures, one seed each.")] = 4,
+    num_images: Annotated[int, typer.Option(min=1, help="Pictures, one seed each.")] = 4,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            help="Many at once: JSONL with prompt, condition, negative_prompt, seed. Goes on where it stopped."
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 30,
     guidance_scale: Annotated[float, typer.Option(min=1.0, help="Strength of the text; 1 is none.")] = 3.0,
-    scale: Annotated[float, typer.Option(min=0.0, help="Strength of the steering; 0 is the prior.")] = 1.0,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, ddpm, dpm++, euler, euler-a, heun, lcm, pndm or unipc; else the base's.")
+    ] = None,
+    scale: Annotated[list[float] | None, typer.Option(help="Strength of the steering (1); 0 is the prior.")] = None,
+    start: Annotated[
+        list[float] | None, typer.Option(help="When steering sets in (0), from noise 0 to picture 1.")
+    ] = None,
+    end: Annotated[list[float] | None, typer.Option(help="When it ends (1).")] = None,
+    init_image: Annotated[Path | None, typer.Option(help="Start from this picture.")] = None,
+    mask_image: Annotated[Path | None, typer.Option(help="Repaint only where this is white.")] = None,
+    strength: Annotated[float, typer.Option(min=0.0, max=1.0, help="How far from the init image.")] = 0.8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 4,
     out_dir: Annotated[Path, typer.Option("--out", help="Where the pictures go.")] = Path("generated"),
 ) -> None:
-    """Make pictures that follow a drawing."""
-    from powersteer.generate import GenerateSettings
+    """Make pictures that follow a drawing, or several conditions at once."""
+    from powersteer.config import build_config
+    from powersteer.generate import GenerateSettings, jobs_of, read_manifest
     from powersteer.generate import generate as run
 
-    settings = GenerateSettings(
-        prompt=prompt,
-        condition=str(condition),
-        adapter=adapter,
-        base=base,
-        negative_prompt=negative_prompt,
-        seed=seed,
-        num_images=num_images,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        scale=scale,
+    given = {"adapter": adapter, "scale": scale, "start": start, "end": end, "scheduler": scheduler}
+    settings = build_config(
+        {
+            "base": base,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance_scale,
+            "init_image": init_image,
+            "mask_image": mask_image,
+            "strength": strength,
+            **{name: value for name, value in given.items() if value},
+        },
+        GenerateSettings,
+        where="generate",
     )
-    for path in run(settings, out_dir):
+    if manifest is not None:
+        jobs = read_manifest(manifest)
+    else:
+        jobs = jobs_of(prompt, condition or [], negative_prompt, seed, num_images)
+    for path in run(settings, jobs, out_dir, batch_size=batch_size, resume=manifest is not None):
         out.print(str(path), soft_wrap=True, highlight=False)
 
 
@@ -144,6 +176,48 @@ def demo(
     )
     for name in ("report.html", "grid.png", "metrics.json"):
         out.print(str(out_dir / name), highlight=False)
+
+
+@measure.command("steering")
+def bench_steering(
+    shape: Annotated[str, typer.Option(help="tiny (64 px), sd15 (512 px) or sdxl (1024 px).")] = "sd15",
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns that are counted.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """What a denoising step costs under steering, as a ratio to a bare U-Net's, on random weights."""
+    import torch
+
+    from powersteer.bench.steering import bench_steering as run
+
+    if shape not in ("tiny", "sd15", "sdxl"):
+        raise PowersteerError(f"--shape must be tiny, sd15 or sdxl, not '{shape}'")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise PowersteerError(f"--dtype must be float32, bfloat16 or float16, not '{dtype}'")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise PowersteerError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    result = run(shape, device=device, dtype=getattr(torch, dtype), rounds=rounds)
+    table = Table("one step, guidance batch of 2", "ratio", "seconds", "parameters", "extra peak memory", "plan a step")
+    for row in result.rows:
+        plan = f"{row.plan_bytes / 1e6:.0f} MB" if row.plan_bytes else ""
+        table.add_row(
+            row.name,
+            f"{row.ratio:.3f}",
+            f"{row.seconds:.3f}",
+            f"{row.parameters / 1e6:.1f} M",
+            f"{row.extra_peak_memory / 1e6:.0f} MB",
+            plan,
+        )
+    out.print(table)
+    out.print(f"{result.shape}, {result.pixels} px, {result.dtype}, median of {result.rounds}; {result.machine}")
+    if json_file is not None:
+        try:
+            json_file.write_text(json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise PowersteerError(f"cannot write {json_file}: {error.strerror}") from None
 
 
 def main() -> None:

@@ -97,7 +97,8 @@ def _parse_scalar(text: str) -> Any:
 
 
 def _first_fault(error: ValidationError, kind: type[BaseModel]) -> str:
-    fault = error.errors(include_url=False)[0]
+    # A misspelt key explains a missing one.
+    fault = min(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(str(fault["loc"][-1]), _known_keys(kind, fault["loc"][:-1]), n=1)

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import track
 
 from powersteer.base import load_adapter, load_base
-from powersteer.conditions.tensors import to_condition
 from powersteer.config import build_config
 from powersteer.data.encode import encode_pairs
 from powersteer.data.openmoji import prepare_openmoji
@@ -98,9 +97,7 @@ def run_demo(
         seeds = [seed + int(i) for i in batch]
         others = drawings[(batch + len(chosen) // 2) % len(chosen)]
         for kind, condition in (("prior", None), ("steered", drawings[batch]), ("shuffled", others)):
-            images = steered_pictures(
-                pipe, model, prompts, None if condition is None else to_condition(condition, 1), seeds=seeds
-            )
+            images = steered_pictures(pipe, None if condition is None else model, prompts, condition, seeds=seeds)
             made[kind] += [from_pil(image) for image in images]
     artist = torch.stack([test.image(i) for i in chosen])
     pictured = {kind: torch.stack(images) for kind, images in made.items()}

@@ -1,139 +1,323 @@
-"""From a drawing and a prompt to pictures in files."""
+"""From drawings and prompts to pictures in files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from pydantic import Field
+from rich.console import Console
+from rich.progress import Progress
 
 from powersteer.base import EMBEDDED_BASE, load_adapter, load_base
 from powersteer.conditions.sketch import open_picture, sketch_condition
+from powersteer.conditions.tensors import PIL_MODES
+from powersteer.config import StrictConfig, build_config
 from powersteer.errors import PowersteerError
 from powersteer.model import BPSModel
 from powersteer.pictures import from_pil, save_grid
-from powersteer.steering import Condition, check_fits, steer
+from powersteer.steering import check_fits, steer
 
 GUIDANCE_SCALE = 3.0
 """Default strength of the text."""
 NUM_INFERENCE_STEPS = 30
+GRID_PICTURES, GRID_COLUMNS = 24, 8
+METADATA_KEY = "powersteer"
+"""Of the settings in a PNG."""
+
+Scheduler = Literal["ddim", "ddpm", "dpm++", "euler", "euler-a", "heun", "lcm", "pndm", "unipc"]
+SCHEDULERS: dict[Scheduler, str] = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
 
 
-@dataclass(frozen=True)
-class GenerateSettings:
-    """What a picture was made with; written into its PNG."""
+class PictureJob(StrictConfig):
+    """One picture to make; a manifest holds one a line."""
 
     prompt: str
-    condition: str
-    adapter: str = "sketch"
-    base: str = EMBEDDED_BASE
+    condition: tuple[Path, ...]
+    """One picture for each adapter."""
     negative_prompt: str = ""
     seed: int = 0
-    num_images: int = 4
-    num_inference_steps: int = NUM_INFERENCE_STEPS
-    guidance_scale: float = GUIDANCE_SCALE
-    scale: float = 1.0
 
 
-def generate(settings: GenerateSettings, out_dir: Path) -> list[Path]:
-    """Make the pictures, one seed each, and a grid: condition | pictures.
+class GenerateSettings(StrictConfig):
+    """What is common to all pictures of a run; written into every PNG."""
+
+    adapter: tuple[str, ...] = ("sketch",)
+    """Embedded ones by name, folders, or models of the Hub."""
+    base: str = EMBEDDED_BASE
+    num_inference_steps: int = Field(default=NUM_INFERENCE_STEPS, gt=0)
+    guidance_scale: float = Field(default=GUIDANCE_SCALE, ge=1)
+    scheduler: Scheduler | None = None
+    """The base's own by default."""
+    scale: tuple[float, ...] = (1.0,)
+    """Strength of each adapter's steering, or one for all; 0 is the prior."""
+    start: tuple[float, ...] = (0.0,)
+    """When each sets in, from noise (0) to picture (1)."""
+    end: tuple[float, ...] = (1.0,)
+    init_image: Path | None = None
+    """Start from this picture."""
+    mask_image: Path | None = None
+    """Repaint only where this is white."""
+    strength: float = Field(default=0.8, gt=0, le=1)
+    """How far from ``init_image``: 1 forgets it."""
+
+
+def read_manifest(path: Path) -> list[PictureJob]:
+    """The jobs of a JSONL file.
+
+    A line has ``prompt``, ``condition`` (a path, or one for each adapter) and, if wanted, ``negative_prompt`` and
+    ``seed``. Paths are relative to the file's folder.
+
+    Raises:
+        PowersteerError: Unreadable, empty, or a line that is no such object; the line is named.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PowersteerError(f"cannot read {path}: {error}") from None
+    jobs: list[PictureJob] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row: Any = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("condition"), str):
+                row["condition"] = [row["condition"]]
+            job = build_config(row, PictureJob, where=f"{path}, line {number}")
+        except json.JSONDecodeError as error:
+            raise PowersteerError(f"{path}, line {number} is not JSON: {error}") from None
+        jobs.append(job.model_copy(update={"condition": tuple(path.parent / file for file in job.condition)}))
+    if not jobs:
+        raise PowersteerError(f"{path} is empty: give one JSON object a line")
+    return jobs
+
+
+def jobs_of(
+    prompt: str, condition: Sequence[Path], negative_prompt: str = "", seed: int = 0, num_images: int = 4
+) -> list[PictureJob]:
+    """One prompt under ``num_images`` seeds."""
+    if not condition:
+        raise PowersteerError("no condition: give --condition my-drawing.png, or --manifest FILE.jsonl")
+    return [
+        PictureJob(prompt=prompt, condition=tuple(condition), negative_prompt=negative_prompt, seed=seed + i)
+        for i in range(num_images)
+    ]
+
+
+def generate(
+    settings: GenerateSettings, jobs: Sequence[PictureJob], out_dir: Path, *, batch_size: int = 4, resume: bool = False
+) -> list[Path]:
+    """Make the pictures, and a grid of them beside their conditions.
+
+    Args:
+        settings: What all pictures share.
+        jobs: What to make.
+        out_dir: Files are named by a running number and the seed; a picture that is there is never overwritten.
+        batch_size: Pictures made at once; which ones share a batch changes none of them.
+        resume: The number is the job's place, and a picture that is there already is not made again.
 
     Returns:
         The pictures' files, then the grid's.
 
     Raises:
-        PowersteerError: Empty prompt, unreadable condition, missing base or adapter, unwritable folder.
+        PowersteerError: Empty prompt, unreadable picture, missing base or adapter, not as many conditions as adapters,
+            an unwritable folder, or (``resume``) one with pictures of other settings.
     """
-    if not settings.prompt.strip():
-        raise PowersteerError("the prompt is empty: say what the drawing shows, such as --prompt 'a fox'")
-    drawing = open_picture(Path(settings.condition))
-    model = load_adapter(settings.adapter)
-    pipe = load_base(settings.base)
-    check_fits(model, pipe.unet)
+    for job in jobs:
+        if not job.prompt.strip():
+            raise PowersteerError("the prompt is empty: say what the drawing shows, such as --prompt 'a fox'")
+        if len(job.condition) != len(settings.adapter):
+            raise PowersteerError(f"{len(settings.adapter)} adapters need as many conditions, not {len(job.condition)}")
+    for file in dict.fromkeys(file for job in jobs for file in job.condition):
+        open_picture(file)  # that the last of a thousand is broken is said now, not in an hour
+    models = [load_adapter(name) for name in settings.adapter]
+    pipe, inputs = _pipeline(settings)
+    for model in models:
+        check_fits(model, pipe)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    if model.config["conditioning_channels"] == 1:
-        condition, inverted = sketch_condition(drawing, (side, side))
-    else:
-        condition, inverted = drawing.resize((side, side), Image.Resampling.LANCZOS), False
+
+    @lru_cache(maxsize=64)
+    def conditions_of(files: tuple[Path, ...]) -> list[tuple[Image.Image, bool]]:
+        return [_condition(file, model, side) for file, model in zip(files, models, strict=True)]
+
+    steering = {name: _for_each(name, getattr(settings, name), models) for name in ("scale", "start", "end")}
+    first = 0 if resume else _next_number(out_dir)
+    files = [out_dir / f"{first + i:05d}-seed{job.seed}.png" for i, job in enumerate(jobs)]
+    records = [settings.model_dump(mode="json") | job.model_dump(mode="json") for job in jobs]
+    missing = [i for i, (file, record) in enumerate(zip(files, records, strict=True)) if not _is_made(file, record)]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        pictures = steered_pictures(
-            pipe,
-            model,
-            [settings.prompt] * settings.num_images,
-            condition,
-            seeds=range(settings.seed, settings.seed + settings.num_images),
-            negative_prompt=settings.negative_prompt,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            scale=settings.scale,
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("generating", total=len(jobs), completed=len(jobs) - len(missing))
+            for k in range(0, len(missing), batch_size):
+                rows = missing[k : k + batch_size]
+                part = [jobs[i] for i in rows]
+                drawn = [conditions_of(job.condition) for job in part]
+                alike = len({job.condition for job in part}) == 1  # then the network runs once for all of them
+                pictures = steered_pictures(
+                    pipe,
+                    models,
+                    [job.prompt for job in part],
+                    [[row[k][0] for row in (drawn[:1] if alike else drawn)] for k in range(len(models))],
+                    seeds=[job.seed for job in part],
+                    negative_prompt=[job.negative_prompt for job in part],
+                    num_inference_steps=settings.num_inference_steps,
+                    guidance_scale=settings.guidance_scale,
+                    **steering,
+                    **{name: [value] * len(part) if name == "image" else value for name, value in inputs.items()},
+                )
+                for i, row, picture in zip(rows, drawn, pictures, strict=True):
+                    _save(picture, files[i], records[i] | {"inverted": [inverted for _, inverted in row]})
+                progress.update(bar, advance=len(rows))
+        _save_grid(
+            out_dir / "grid.png", jobs, files, lambda job: [drawing for drawing, _ in conditions_of(job.condition)]
         )
-        files = [
-            _save(picture, out_dir, {**asdict(settings), "seed": settings.seed + i, "inverted": inverted})
-            for i, picture in enumerate(pictures)
-        ]
-        shown = [from_pil(condition), *[from_pil(picture) for picture in pictures]]
-        save_grid(torch.stack(shown), out_dir / "grid.png", columns=len(shown), scale=2)
     except OSError as error:
         raise PowersteerError(f"cannot write to {out_dir}: {error.strerror}") from None
     return [*files, out_dir / "grid.png"]
 
 
 def steered_pictures(
-    pipe: StableDiffusionPipeline,
-    model: BPSModel | None,
+    pipe: DiffusionPipeline,
+    model: BPSModel | Sequence[BPSModel] | None,
     prompts: Sequence[str],
-    condition: Condition | None,
+    condition: Any,
     *,
     seeds: Sequence[int],
-    negative_prompt: str = "",
+    negative_prompt: str | Sequence[str] = "",
     num_inference_steps: int = NUM_INFERENCE_STEPS,
     guidance_scale: float = GUIDANCE_SCALE,
-    scale: float = 1.0,
+    scale: float | Sequence[float] = 1.0,
+    start: float | Sequence[float] = 0.0,
+    end: float | Sequence[float] = 1.0,
+    **inputs: Any,
 ) -> list[Image.Image]:
     """One picture for each prompt and seed; without a model, the prior's.
 
     Args:
         pipe: The frozen base.
-        model: The steering network.
+        model: The steering network, or several.
         prompts: One prompt a picture.
-        condition: One condition for all, or one for each prompt.
+        condition: One condition for all, or one for each prompt; with several networks, a list of such.
         seeds: One seed a picture: the same seed starts from the same noise, steered or not.
-        negative_prompt: What to keep away from.
+        negative_prompt: What to keep away from; one, or one a picture.
         num_inference_steps: Denoising steps.
         guidance_scale: Strength of the text, as in diffusers; 1 is none.
-        scale: Strength of the steering.
+        scale: Strength of the steering; see `powersteer.steer`.
+        start: See `powersteer.steer`.
+        end: See `powersteer.steer`.
+        **inputs: Further arguments of the pipeline.
     """
-    generators = [torch.Generator(pipe.device).manual_seed(seed) for seed in seeds]
-
-    def run() -> list[Image.Image]:
-        made: Any = pipe(
+    negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+    steering = nullcontext() if model is None else steer(pipe, model, condition, scale, start, end)
+    run: Any = pipe
+    with steering:
+        return run(
             list(prompts),
-            negative_prompt=[negative_prompt] * len(prompts),
+            negative_prompt=negative,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            generator=generators,
-        )
-        return made.images
-
-    if model is None or condition is None:
-        return run()
-    with steer(pipe, model, condition, scale):
-        return run()
+            generator=[torch.Generator(pipe.device).manual_seed(seed) for seed in seeds],
+            **inputs,
+        ).images
 
 
-def _save(picture: Image.Image, out_dir: Path, settings: dict[str, object]) -> Path:
-    """Write a PNG that carries its settings; an existing picture is never overwritten."""
-    number = 0
-    while (path := out_dir / f"{number:05d}-seed{settings['seed']}.png").exists():
-        number += 1
+def _pipeline(settings: GenerateSettings) -> tuple[Any, dict[str, Any]]:
+    """The stock pipeline for the settings, and what it takes beyond prompts."""
+    pipe: Any = load_base(settings.base)
+    if settings.scheduler is not None:
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler]).from_config(pipe.scheduler.config)
+    if settings.init_image is None:
+        if settings.mask_image is not None:
+            raise PowersteerError("a mask needs the picture it masks: give --init-image too")
+        return pipe, {}
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    inputs: dict[str, Any] = {"image": _fit(open_picture(settings.init_image), side), "strength": settings.strength}
+    kind = AutoPipelineForImage2Image
+    if settings.mask_image is not None:
+        inputs["mask_image"] = _fit(open_picture(settings.mask_image).convert("L"), side)
+        kind = AutoPipelineForInpainting
+    pipe = kind.from_pipe(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, inputs
+
+
+def _fit(picture: Image.Image, side: int) -> Image.Image:
+    return picture.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def _condition(file: Path, model: BPSModel, side: int) -> tuple[Image.Image, bool]:
+    """The picture as ``model`` reads it, and whether it was inverted."""
+    picture, channels = open_picture(file), model.config["conditioning_channels"]
+    if channels == 1:
+        return sketch_condition(picture, (side, side))
+    if channels not in PIL_MODES:
+        raise PowersteerError(f"an adapter of {channels} channels is steered by a tensor, from Python")
+    return _fit(picture, side), False
+
+
+def _for_each(name: str, values: Sequence[float], models: Sequence[BPSModel]) -> list[float]:
+    if len(values) not in (1, len(models)):
+        raise PowersteerError(f"{len(values)} times --{name} for {len(models)} adapters: give one, or one for each")
+    return list(values) * (len(models) // len(values))
+
+
+def _next_number(out_dir: Path) -> int:
+    numbers = [int(file.name[:5]) for file in out_dir.glob("[0-9][0-9][0-9][0-9][0-9]-seed*.png")]
+    return max(numbers, default=-1) + 1
+
+
+def _is_made(file: Path, record: dict[str, Any]) -> bool:
+    """Whether the picture is there; one of other settings is an error."""
+    if not file.exists():
+        return False
+    with Image.open(file) as picture:
+        made = json.loads(picture.info.get(METADATA_KEY, "{}"))
+    made.pop("inverted", None)
+    if made != record:
+        raise PowersteerError(f"{file} was made with other settings: give another folder")
+    return True
+
+
+def _save(picture: Image.Image, file: Path, record: dict[str, Any]) -> None:
+    """Write a PNG that carries its settings: whole, or not at all."""
     metadata = PngInfo()
-    metadata.add_text("powersteer", json.dumps(settings))
-    picture.save(path, pnginfo=metadata)
-    return path
+    metadata.add_text(METADATA_KEY, json.dumps(record))
+    partial = file.with_suffix(".partial")
+    picture.save(partial, format="PNG", pnginfo=metadata)
+    partial.replace(file)
+
+
+def _save_grid(
+    path: Path, jobs: Sequence[PictureJob], files: Sequence[Path], drawings: Callable[[PictureJob], list[Image.Image]]
+) -> None:
+    """Conditions beside what was made of them: once where all pictures share them, else for each."""
+    alike = len({job.condition for job in jobs}) == 1
+    cells = drawings(jobs[0]) if alike else []
+    count = min(len(jobs), GRID_PICTURES)
+    for i in (k * len(jobs) // count for k in range(count)):
+        cells += [] if alike else drawings(jobs[i])
+        with Image.open(files[i]) as picture:
+            cells.append(picture.convert("RGB"))
+    of_one = 1 + len(jobs[0].condition)
+    columns = len(cells) if len(cells) <= GRID_COLUMNS else GRID_COLUMNS // of_one * of_one
+    save_grid(
+        torch.stack([from_pil(cell) for cell in cells]), path, columns=columns, scale=max(1, 128 // cells[0].width)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -164,6 +165,9 @@ class _Source:
         if not 0 <= start <= end <= 1:
             raise PowersteerError(f"start and end must satisfy 0 ≤ start ≤ end ≤ 1, not {start:g} and {end:g}")
         condition = to_condition(picture, model.config["conditioning_channels"]).to(next(model.parameters()))
+        ink = condition.mean().item()
+        if (model.config["conditioning"] or {}).get("kind") == "sketch" and ink > 0.5:
+            warnings.warn(f"{ink:.0%} of the sketch is ink, which is 1 on 0: is it inverted?", stacklevel=4)
         kept = plan_of(model) if isinstance(plan, str) else plan
         return cls(model, condition, scale, start, end, kept)
 

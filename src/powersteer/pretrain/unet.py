@@ -32,8 +32,6 @@ class UNetConfig(FitConfig):
     attention_head_dim: tuple[int, ...] = (2, 4, 5)
     """Heads at each level (diffusers' U-Net calls their number so)."""
     norm_num_groups: int = 16
-    beta_start: float = 0.00085
-    beta_end: float = 0.02
     empty_prompt_share: float = Field(default=0.1, ge=0, lt=1)
     people_weight: float = Field(default=0.4, gt=0, le=1)
     """How often a picture of people is drawn against any other: they are many and alike."""
@@ -64,20 +62,20 @@ def build_unet(config: UNetConfig, cross_attention_dim: int, latent_channels: in
     )
 
 
-def build_scheduler(config: UNetConfig) -> DDIMScheduler:
-    """The noise schedule: Stable Diffusion's, ending in more noise since these pictures are small; v-prediction.
+def build_scheduler() -> DDIMScheduler:
+    """The noise schedule: cosine down to pure noise, v-prediction.
 
     Predicting ε, even with min-SNR weights, left the noisiest timesteps worse than the mean picture (squared error of
     the clean latents 2.0 at t = 999 after 400,000 pictures, where the mean has 0.9): colours came, shapes did not.
+    Stable Diffusion's schedule drowns 16×16 latents for two fifths of its timesteps (SNR < 0.05), where there is
+    nothing to learn or to draw.
     """
     return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
+        beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
+        timestep_spacing="trailing",
         clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
+        set_alpha_to_one=True,
     )
 
 
@@ -112,7 +110,7 @@ def train_unet(
     torch.manual_seed(seed)
     unet = unet or build_unet(config, text_encoder.config.hidden_size, vae.config["latent_channels"])
     unet.set_attn_processor(AttnProcessor())  # on small maps faster in training than the fused kernel
-    scheduler: Any = build_scheduler(config)
+    scheduler: Any = build_scheduler()
     pipe = assemble(vae, text_encoder, tokenizer, unet, scheduler)
 
     train = icons.select(use="all", held_out=False)

@@ -1,0 +1,1 @@
+"""Measurements: what steering costs, as ratios within one run."""
