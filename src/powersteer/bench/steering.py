@@ -98,7 +98,7 @@ def bench_steering(
     """
     torch.manual_seed(0)
     unet, factor = _unet(shape)
-    unet = unet.to(device, dtype).eval()
+    nn.Module.to(unet.eval(), device=torch.device(device), dtype=dtype)
     side = unet.config["sample_size"]
     sample = torch.randn(2, 4, side, side, device=device, dtype=dtype)
     text = torch.randn(2, 77, unet.config["cross_attention_dim"], device=device, dtype=dtype)
@@ -186,7 +186,7 @@ def _ways(
         plan = SteeringPlan()
         yield _Way(f"BPS {preset}, warm plan", lambda s=steered, p=plan: s(sketch, p), plan=plan, **count(model))
 
-    conditioning = (16, 32, 96, 256) if factor == 8 else (16, 32, 96)
+    conditioning: Any = (16, 32, 96, 256) if factor == 8 else (16, 32, 96)
     controlnet = ready(ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=conditioning))
 
     def with_controlnet() -> Any:
@@ -199,7 +199,7 @@ def _ways(
         unet, size_ratio=0.1 if shape != "tiny" else 0.25, conditioning_embedding_out_channels=conditioning
     )
     fused = ready(UNetControlNetXSModel.from_unet(unet, adapter))
-    counted = count(adapter) | {"modules": (fused,)}
+    counted: dict[str, Any] = {**count(adapter), "modules": (fused,)}
     yield _Way("ControlNet-XS", lambda: fused(sample, TIMESTEP, controlnet_cond=picture, **inputs), **counted)
 
     widths = list(unet.config["block_out_channels"])
