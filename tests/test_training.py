@@ -136,6 +136,15 @@ def test_training_changes_no_weight_of_the_base(config, base_dir):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_runs_of_one_process_have_their_own_precision(config, tmp_path):
+    losses = {}
+    for precision in ("bf16", "no"):
+        change = {"output_dir": tmp_path / precision, "mixed_precision": precision, "max_train_steps": 1}
+        train(config.model_copy(update=change))
+        losses[precision] = json.loads((tmp_path / precision / "log.jsonl").read_text())["loss"]
+    assert losses["bf16"] != losses["no"] and losses["bf16"] == pytest.approx(losses["no"], rel=0.02)
+
+
 def test_time_limit_stops_with_a_checkpoint(config):
     result = train(config.model_copy(update={"max_train_minutes": 1e-4, "max_train_steps": 1000}))
     assert 0 < result.step < 1000

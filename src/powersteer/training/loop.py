@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -55,6 +56,8 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         PowersteerError: The base, the data or the output folder is unusable, or the loss became non-finite.
     """
+    # Accelerate keeps the first precision for the whole process; an earlier run here may have had another.
+    AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
     accelerator = Accelerator(mixed_precision=_precision(config.mixed_precision))
     try:
         save_config(config, config.output_dir / "train.yaml")
