@@ -202,10 +202,11 @@ def _ways(
     counted: dict[str, Any] = {**count(adapter), "modules": (fused,)}
     yield _Way("ControlNet-XS", lambda: fused(sample, TIMESTEP, controlnet_cond=picture, **inputs), **counted)
 
-    widths = list(unet.config["block_out_channels"])
-    kind = "full_adapter_xl" if shape == "sdxl" else "full_adapter"
-    channels = [320, 640, 1280, 1280] if shape == "sdxl" else widths
-    t2i = ready(T2IAdapter(1, channels, downscale_factor=2 * factor if shape == "sdxl" else factor, adapter_type=kind))
+    # Of a first block without attention the U-Net takes the feature after its downsampler: the XL kind.
+    plain_head = unet.config["down_block_types"][0] == "DownBlock2D"
+    channels = list(unet.config["block_out_channels"]) + [1280] * (shape == "sdxl")
+    kind = "full_adapter_xl" if plain_head else "full_adapter"
+    t2i = ready(T2IAdapter(1, channels, downscale_factor=(1 + plain_head) * factor, adapter_type=kind))
     features = [feature.repeat(2, 1, 1, 1) for feature in t2i(sketch.to(dtype))]
     yield _Way(
         "T2I-Adapter, once a picture",
