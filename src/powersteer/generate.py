@@ -164,7 +164,8 @@ def generate(
     missing = [i for i, (file, record) in enumerate(zip(files, records, strict=True)) if not _is_made(file, record)]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("generating", total=len(jobs), completed=len(jobs) - len(missing))
             for k in range(0, len(missing), batch_size):
                 rows = missing[k : k + batch_size]
