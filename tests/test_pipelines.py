@@ -156,3 +156,27 @@ def test_half_precision_unet_under_networks_of_either_precision(pipe, model, dty
     for network in (model, model.to(dtype)):
         got = steered(unet, network, dtype)
         assert ((got - wanted).norm() / wanted.norm()).item() < error
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile(unet)", "unet.compile()"])
+def test_compiled_before_the_block_steers_within_it_only(pipe, model, in_place):
+    torch.compiler.reset()
+    generator = torch.Generator().manual_seed(3)
+    sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 24, generator=generator)
+    unet = pipe.unet
+
+    @torch.no_grad()
+    def outputs(denoise):
+        made = [denoise(sample, 321, text).sample]
+        for condition, scale in ((conditions(1), 1.0), (conditions(2), 0.5), (conditions(1), 1.0)):
+            with steer(unet, model, condition, scale):
+                made.append(denoise(sample, 321, text).sample)
+        return [*made, denoise(sample, 321, text).sample]
+
+    wanted = outputs(unet)
+    if in_place:
+        unet.compile(backend="aot_eager")
+    got = outputs(unet if in_place else torch.compile(unet, backend="aot_eager"))
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert (wanted[0] - wanted[1]).abs().max() > 1e-2 and torch.equal(wanted[0], wanted[-1])

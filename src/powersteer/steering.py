@@ -11,6 +11,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
+import torch._dynamo.config
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import nn
@@ -20,6 +21,9 @@ from powersteer.errors import PowersteerError
 from powersteer.fingerprint import describe, differences, fingerprint
 from powersteer.model import BPSModel
 from powersteer.plan import Residuals, SteeringPlan, digest, plan_of, weights_digest
+
+# A U-Net compiled before a block would else run without the block's hooks, and say nothing.
+torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 Condition = torch.Tensor | Image.Image | Sequence[Image.Image]
 Plan = SteeringPlan | Literal["auto"] | None
