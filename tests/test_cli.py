@@ -108,6 +108,11 @@ def test_a_manifest_of_many_goes_on_where_it_stopped(run, tmp_path, base_dir, ad
     assert run(*many)[0] == 0
     assert files[0].stat().st_mtime_ns == first and abs(pixels(files[1]) - before).max() <= 1
     one_line(run(*many, "--scale", 0.5), "00000-seed3.png was made with other settings")
+    whole = files[1].read_bytes()
+    files[1].write_bytes(b"notes of somebody")
+    one_line(run(*many), "00001-seed4.png is no picture of this command: give another folder")
+    assert files[1].read_bytes() == b"notes of somebody"
+    files[1].write_bytes(whole)
     manifest.write_text(json.dumps(rows[0]) + '\n{"prompt": "x", "conditions": "drawing.png"}\n')
     one_line(run(*many), "line 2: unknown key 'conditions'; did you mean 'condition'?")
     manifest.write_text(json.dumps(rows[0]) + "\nnonsense\n")

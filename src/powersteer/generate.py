@@ -167,8 +167,8 @@ def generate(
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("generating", total=len(jobs), completed=len(jobs) - len(missing))
-            for k in range(0, len(missing), batch_size):
-                rows = missing[k : k + batch_size]
+            for begin in range(0, len(missing), batch_size):
+                rows = missing[begin : begin + batch_size]
                 part = [jobs[i] for i in rows]
                 drawn = [conditions_of(job.condition) for job in part]
                 alike = len({job.condition for job in part}) == 1  # then the network runs once for all of them
@@ -289,8 +289,11 @@ def _is_made(file: Path, record: dict[str, Any]) -> bool:
     """Whether the picture is there; one of other settings is an error."""
     if not file.exists():
         return False
-    with Image.open(file) as picture:
-        made = json.loads(picture.info.get(METADATA_KEY, "{}"))
+    try:
+        with Image.open(file) as picture:
+            made = json.loads(picture.info.get(METADATA_KEY, "{}"))
+    except (OSError, ValueError):
+        raise PowersteerError(f"{file} is no picture of this command: give another folder") from None
     made.pop("inverted", None)
     if made != record:
         raise PowersteerError(f"{file} was made with other settings: give another folder")
