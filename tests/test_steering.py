@@ -3,6 +3,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from powersteer import PowersteerError, steer
+from powersteer.generate import steered_pictures
 from powersteer.steering import steered_layers
 
 
@@ -155,6 +156,9 @@ def test_gradients_reach_the_network_and_only_it(pipe, model):
     [
         (torch.rand(3, 1, 32, 32), "3 conditions for a U-Net batch of 4"),
         (torch.rand(1, 1, 16, 16), "the condition is 16×16 pixels, the picture 32×32"),
+        (torch.rand(1, 1, 30, 30), "the condition is 30×30 pixels, the picture 32×32: resize"),
+        (torch.rand(0, 1, 32, 32), r"must have shape \(N, 1, H, W\), not \(0, 1, 32, 32\)"),
+        ([], "one or more pictures"),
         (torch.rand(1, 3, 32, 32), r"must have shape \(N, 1, H, W\)"),
         (torch.rand(1, 1, 32, 32) * 255, "did you forget to divide by 255"),
         (torch.full((1, 1, 32, 32), float("nan")), r"must lie in \[0, 1\]"),
@@ -163,6 +167,12 @@ def test_gradients_reach_the_network_and_only_it(pipe, model):
 def test_what_does_not_fit_is_refused_in_words(pipe, model, condition, message):
     with pytest.raises(PowersteerError, match=message), steer(pipe.unet, model, condition):
         pipe.unet(*unet_inputs(4))
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [([], []), (["a fox"], [0, 1])])
+def test_prompts_without_a_seed_each_are_refused(pipe, model, prompts, seeds):
+    with pytest.raises(PowersteerError, match=f"{len(prompts)} prompts and {len(seeds)} seeds"):
+        steered_pictures(pipe, model, prompts, drawing(4), seeds=seeds)
 
 
 def test_too_many_conditions_for_the_prompts_are_refused(pipe, model):

@@ -225,7 +225,12 @@ def steered_pictures(
         start: See `powersteer.steer`.
         end: See `powersteer.steer`.
         **inputs: Further arguments of the pipeline.
+
+    Raises:
+        PowersteerError: No prompts, not as many seeds as prompts, or what `powersteer.steer` refuses.
     """
+    if not prompts or len(seeds) != len(prompts):
+        raise PowersteerError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each, at least one")
     negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
     steering = nullcontext() if model is None else steer(pipe, model, condition, scale, start, end)
     run: Any = pipe

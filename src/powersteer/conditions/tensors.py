@@ -33,7 +33,7 @@ def to_condition(condition: torch.Tensor | Image.Image | Sequence[Image.Image], 
         arrays = [np.array(picture.convert(PIL_MODES[channels]), dtype=np.float32) / 255 for picture in pictures]
         condition = torch.from_numpy(np.stack(arrays))
         condition = condition[:, None] if channels == 1 else condition.permute(0, 3, 1, 2)
-    if condition.ndim != 4 or condition.shape[1] != channels:
+    if condition.ndim != 4 or condition.shape[1] != channels or not condition.numel():
         raise PowersteerError(f"the condition must have shape (N, {channels}, H, W), not {tuple(condition.shape)}")
     low, high = condition.min().item(), condition.max().item()
     if not (low >= 0 and high <= 1):
