@@ -205,13 +205,25 @@ def test_bad_train_input_is_one_line_each(run, tmp_path, base_dir):
     one_line(train(learning_rat=1e-4), "unknown key 'learning_rat'", "did you mean 'learning_rate'?")
     one_line(train("max_train_steps=soon"), "'max_train_steps'", "valid integer")
     one_line(train("steps"), "not of the form key=value")
-    one_line(train(train_data_dir=str(tmp_path / "none")), "metadata.jsonl")
+    one_line(train(train_data_dir=str(tmp_path / "none")), "there is no folder of pairs")
+    one_line(train(train_data_dir=str(tmp_path)), "holds no pairs that can be read", "metadata.jsonl")
     (tmp_path / "file").write_text("")
     one_line(train(output_dir=str(tmp_path / "file" / "run")), "cannot write to")
     config.write_text("a: [")
     one_line(run("train", config), "not valid YAML")
     config.write_text("- 1")
     one_line(run("train", config), "must hold `key: value` pairs")
+
+
+def test_data_check_says_what_is_there_and_exits_with_1_where_training_would_fail(run, tmp_path):
+    pairs = draw_pairs(tmp_path / "pairs", 4)
+    status, printed, _ = run("data", "check", pairs)
+    assert status == 0 and "32 to 32, median 32" in printed
+    assert "warning: 4 of 4 captions are 'a fox'" in printed
+    (pairs / "images" / "2.png").write_bytes(b"no picture")
+    status, printed, _ = run("data", "check", pairs, "--json")
+    assert status == 1 and "is not a readable picture" in json.loads(printed)["errors"][0]
+    one_line(run("data", "check", tmp_path / "none"), "there is no folder of pairs")
 
 
 def test_train_then_generate_with_it(run, tmp_path, base_dir, drawing):

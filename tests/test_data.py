@@ -1,5 +1,6 @@
 import json
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from conftest import draw_pairs
 from powersteer import PowersteerError
 from powersteer.data.encode import encode_pairs
 from powersteer.data.openmoji import concept_of, draw_pair, list_drawings, split_by_concept
-from powersteer.data.pairs import PairFolder
+from powersteer.data.pairs import Pairs
 
 SIZE = (32, 32)
 
@@ -68,15 +69,15 @@ def test_no_concept_straddles_the_splits():
 
 
 def test_pairs_are_read_in_their_ranges(pairs_dir):
-    pairs = PairFolder(pairs_dir, SIZE)
-    image, condition = pairs.image(3), pairs.condition(3)
+    pairs = Pairs(pairs_dir, SIZE)
+    image, condition = pairs[3]
     assert len(pairs) == 12 and image.shape == (3, 32, 32) and condition.shape == (1, 32, 32)
     assert image.min() == -1 and image.max() == 1 and set(condition.unique().tolist()) == {0, 255}
-    assert pairs.pairs[3].text == "a fox"
+    assert pairs.texts[3] == "a fox"
 
 
 def test_limit_spreads_over_the_folder(pairs_dir):
-    names = [pair.image.stem for pair in PairFolder(pairs_dir, SIZE, limit=4).pairs]
+    names = [Path(row.image.name).stem for row in Pairs(pairs_dir, SIZE, limit=4).rows]
     assert names == ["0", "3", "6", "9"]
 
 
@@ -94,7 +95,8 @@ def _rewrite(folder, change):
             lambda rows: rows[2].update(file_name="images/none.png"),
             r"\[2\]: '.*none.png' not found \(column file_name\)",
         ),
-        (lambda rows: rows[1].pop("text"), r"\[1\]: column 'text' is missing"),
+        (lambda rows: rows[1].pop("text"), r"\[1\] has no caption: write one, or give default_prompt"),
+        (lambda rows: rows[1].pop("file_name"), r"\[1\]: column 'file_name' is missing"),
         (lambda rows: rows.insert(4, "{"), r"\[4\]: not a JSON object"),
         (lambda rows: rows.clear(), "has no rows"),
     ],
@@ -102,36 +104,36 @@ def _rewrite(folder, change):
 def test_a_bad_row_is_named(pairs_dir, change, message):
     _rewrite(pairs_dir, change)
     with pytest.raises(PowersteerError, match=message):
-        PairFolder(pairs_dir, SIZE)
+        Pairs(pairs_dir, SIZE)
 
 
 def test_missing_folder_and_too_many_asked_for(tmp_path, pairs_dir):
-    with pytest.raises(PowersteerError, match=r"cannot read .*metadata.jsonl"):
-        PairFolder(tmp_path / "none", SIZE)
+    with pytest.raises(PowersteerError, match="there is no folder of pairs"):
+        Pairs(tmp_path / "none", SIZE)
     with pytest.raises(PowersteerError, match="holds 12 pairs, 13 were asked for"):
-        PairFolder(pairs_dir, SIZE, limit=13)
+        Pairs(pairs_dir, SIZE, limit=13)
 
 
 def test_bad_pictures_are_named(pairs_dir):
     (pairs_dir / "images" / "5.png").write_bytes(b"no picture")
     Image.new("L", (16, 32)).save(pairs_dir / "drawings" / "6.png")
-    pairs = PairFolder(pairs_dir, SIZE)
-    with pytest.raises(PowersteerError, match=r"pairs\[5\]: .*5.png' \(column file_name\) is not a readable picture"):
-        pairs.image(5)
-    with pytest.raises(PowersteerError, match=r"conditioning_image_file_name\) is 16×32 pixels, not 32×32"):
-        pairs.condition(6)
+    pairs = Pairs(pairs_dir, SIZE)
+    with pytest.raises(PowersteerError, match=r"5.png' \(column file_name\) is not a readable picture"):
+        pairs[5]
+    with pytest.raises(PowersteerError, match=r"\[6\]: .*conditioning_image_file_name\) is 16×32 .* one aspect ratio"):
+        pairs[6]
 
 
 @torch.no_grad()
 def test_encoded_pairs_are_what_the_pipeline_makes(pipe, pairs_dir):
-    pairs = PairFolder(pairs_dir, SIZE)
+    pairs = Pairs(pairs_dir, SIZE)
     encoded = encode_pairs(pipe, pairs)
-    wanted = pipe.vae.encode(pairs.image(4)[None]).latent_dist.mean * pipe.vae.config.scaling_factor
+    wanted = pipe.vae.encode(pairs[4][0][None]).latent_dist.mean * pipe.vae.config.scaling_factor
     torch.testing.assert_close(encoded.latents[4:5], wanted, atol=1e-5, rtol=1e-4)
     tokens = pipe.tokenizer("a fox", padding="max_length", max_length=12, return_tensors="pt").input_ids
     states = pipe.text_encoder(tokens)[0]
     torch.testing.assert_close(encoded.text_states[encoded.text_rows[4]][None], states)
-    assert np.allclose(encoded.condition(torch.tensor([4])).numpy()[0, 0], pairs.condition(4)[0] / 255)
+    assert np.allclose(encoded.condition(torch.tensor([4])).numpy()[0, 0], pairs[4][1][0] / 255)
 
 
 def test_cache_is_used_and_follows_content_and_weights(pipe, tmp_path):
@@ -139,15 +141,15 @@ def test_cache_is_used_and_follows_content_and_weights(pipe, tmp_path):
     cache = tmp_path / "cache"
     calls = []
     pipe.vae.encoder.register_forward_hook(lambda *_: calls.append(1))
-    first = encode_pairs(pipe, PairFolder(folder, SIZE), cache)
-    again = encode_pairs(pipe, PairFolder(folder, SIZE), cache)
+    first = encode_pairs(pipe, Pairs(folder, SIZE), cache)
+    again = encode_pairs(pipe, Pairs(folder, SIZE), cache)
     assert len(calls) == 1 and torch.equal(first.latents, again.latents)
     Image.new("RGB", SIZE, "navy").save(folder / "images" / "2.png")
-    assert not torch.equal(encode_pairs(pipe, PairFolder(folder, SIZE), cache).latents, first.latents)
+    assert not torch.equal(encode_pairs(pipe, Pairs(folder, SIZE), cache).latents, first.latents)
     pipe.vae.encoder.conv_in.weight.data += 0.1
-    encode_pairs(pipe, PairFolder(folder, SIZE), cache)
+    encode_pairs(pipe, Pairs(folder, SIZE), cache)
     assert len(calls) == 3
     for file in cache.iterdir():  # cut short
         file.write_bytes(file.read_bytes()[:100])
-    encode_pairs(pipe, PairFolder(folder, SIZE), cache)
+    encode_pairs(pipe, Pairs(folder, SIZE), cache)
     assert len(calls) == 4

@@ -10,7 +10,7 @@ from powersteer import load_adapter, load_base, steer
 from powersteer.base import EMBEDDED_ADAPTERS, EMBEDDED_BASE, embedded, load_clip
 from powersteer.conditions import to_condition
 from powersteer.data.openmoji import prepare_openmoji
-from powersteer.data.pairs import PairFolder
+from powersteer.data.pairs import Pairs
 from powersteer.demo import one_of_each_concept, run_demo
 from powersteer.evaluation.lines import line_f1
 from powersteer.generate import steered_pictures
@@ -40,7 +40,7 @@ def test_base_is_a_stable_diffusion_in_small():
 
 @pytest.mark.slow
 def test_openmoji_pairs_on_disk(openmoji_dir):
-    counts = {split: len(PairFolder(openmoji_dir / split, (64, 64))) for split in ("train", "validation", "test")}
+    counts = {split: len(Pairs(openmoji_dir / split, (64, 64))) for split in ("train", "validation", "test")}
     assert sum(counts.values()) == 3948 and counts["train"] > 3300
     concepts = {
         split: {json.loads(line)["concept"] for line in (openmoji_dir / split / "metadata.jsonl").open()}
@@ -58,17 +58,17 @@ def test_openmoji_pairs_on_disk(openmoji_dir):
 def test_pictures_keep_their_promise(openmoji_dir):
     """The shipped adapter follows held-out drawings; the small CLIP tells what the pictures show."""
     pipe, model = load_base(), load_adapter("sketch")
-    test = PairFolder(openmoji_dir / "test", (64, 64))
+    test = Pairs(openmoji_dir / "test", (64, 64))
     chosen = one_of_each_concept(test, 12)
-    drawings = torch.stack([test.condition(i) for i in chosen]).float() / 255
-    prompts, seeds = [test.pairs[i].text for i in chosen], range(12)
+    drawings = torch.stack([test[i][1] for i in chosen]).float() / 255
+    prompts, seeds = [test.texts[i] for i in chosen], range(12)
     steered = steered_pictures(pipe, model, prompts, drawings, seeds=seeds, num_inference_steps=20)
     prior = steered_pictures(pipe, None, prompts, None, seeds=seeds, num_inference_steps=20)
     with_lines, without = (line_f1(drawings, torch.stack([from_pil(p) for p in made])) for made in (steered, prior))
     assert with_lines.mean() > without.mean() + 0.3
 
     clip, tokenizer = load_clip(embedded(EMBEDDED_BASE))
-    artist = torch.stack([test.image(i) for i in chosen])
+    artist = torch.stack([test[i][0] for i in chosen])
     ranks = caption_ranks(clip, tokenizer, artist, prompts, torch.arange(12))
     assert (ranks < 3).float().mean() > 0.5  # chance: a quarter
 

@@ -9,7 +9,7 @@ import torch
 from conftest import build_pipe, draw_pairs
 from powersteer import BPSModel, PowersteerError, steer
 from powersteer.data.encode import encode_pairs
-from powersteer.data.pairs import PairFolder
+from powersteer.data.pairs import Pairs
 from powersteer.training import loop
 from powersteer.training.checkpoint import list_checkpoints
 from powersteer.training.config import TrainConfig
@@ -49,7 +49,7 @@ def test_training_lowers_the_held_out_loss_and_keeps_the_best(config):
     assert result.best_step == min(rows, key=lambda row: row["steered"])["step"]
     # The kept weights are those that were measured.
     pipe = build_pipe()
-    held_out = HeldOut(pipe, encode_pairs(pipe, PairFolder(config.validation_data_dir, (32, 32))))
+    held_out = HeldOut(pipe, encode_pairs(pipe, Pairs(config.validation_data_dir, (32, 32))))
     kept = held_out.losses(BPSModel.from_pretrained(config.output_dir)).mean().item()
     assert kept == pytest.approx(min(row["steered"] for row in rows), rel=1e-4)
 
@@ -106,7 +106,7 @@ def test_non_finite_loss_stops_and_saves_nothing(config):
 
 
 def test_step_zero_is_exactly_the_prior_and_shuffling_pairs_conditions(pipe, model, pairs_dir):
-    pairs = encode_pairs(pipe, PairFolder(pairs_dir, (32, 32)))
+    pairs = encode_pairs(pipe, Pairs(pairs_dir, (32, 32)))
     held_out = HeldOut(pipe, pairs, draws=2)
     untrained = BPSModel.from_unet(pipe.unet, pixel_unshuffle=4)
     assert torch.equal(held_out.losses(None), held_out.losses(untrained))
@@ -115,7 +115,7 @@ def test_step_zero_is_exactly_the_prior_and_shuffling_pairs_conditions(pipe, mod
 
 @torch.no_grad()
 def test_held_out_loss_is_the_denoising_loss(pipe, model, pairs_dir):
-    pairs = encode_pairs(pipe, PairFolder(pairs_dir, (32, 32)))
+    pairs = encode_pairs(pipe, Pairs(pairs_dir, (32, 32)))
     held_out = HeldOut(pipe, pairs, draws=4)
     steps = held_out.timesteps.view(4, 12)
     assert all(((steps[band] >= 250 * band) & (steps[band] < 250 * (band + 1))).all() for band in range(4))

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from powersteer.errors import PowersteerError
@@ -23,6 +24,8 @@ app = typer.Typer(
 )
 measure = typer.Typer(help="Measure what the documentation states.", no_args_is_help=True)
 app.add_typer(measure, name="bench")
+data = typer.Typer(help="Look at training pairs.", no_args_is_help=True)
+app.add_typer(data, name="data")
 out = Console()
 
 
@@ -176,6 +179,57 @@ def demo(
     )
     for name in ("report.html", "grid.png", "metrics.json"):
         out.print(str(out_dir / name), highlight=False)
+
+
+@data.command("check")
+def data_check(
+    folder: Annotated[Path, typer.Argument(help="The pairs, in any layout that `train` reads.", show_default=False)],
+    validation: Annotated[Path | None, typer.Option(help="Held-out pairs, compared for leakage.")] = None,
+    conditioning_channels: Annotated[int, typer.Option(min=1, max=3, help="1 (grey) or 3 (RGB).")] = 1,
+    kind: Annotated[str, typer.Option(help="What the condition is: sketch, segmentation, layout, …")] = "sketch",
+    image_column: Annotated[str, typer.Option(help="Where columns have names.")] = "image",
+    conditioning_image_column: Annotated[str, typer.Option(help="Where columns have names.")] = "conditioning_image",
+    caption_column: Annotated[str, typer.Option(help="Where columns have names.")] = "text",
+    default_prompt: Annotated[str | None, typer.Option(help="Caption of pairs that have none.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Read every pair and say what is there; exit status 1 where training would fail."""
+    from powersteer.data.check import check_pairs
+    from powersteer.data.layouts import Columns
+
+    if conditioning_channels == 2:
+        raise PowersteerError("--conditioning-channels must be 1 (grey) or 3 (RGB)")
+    report = check_pairs(
+        folder,
+        validation=validation,
+        conditioning_channels=conditioning_channels,
+        kind=kind,
+        columns=Columns(image_column, conditioning_image_column, caption_column),
+        default_prompt=default_prompt,
+    )
+    if as_json:
+        out.print_json(json.dumps(report.as_json()))
+    else:
+        table = Table(str(folder), "")
+        for name, fact in report.facts.items():
+            table.add_row(name.replace("_", " "), _shown(fact))
+        out.print(table)
+        for colour, word, lines in (("yellow", "warning", report.warnings), ("red", "error", report.errors)):
+            for line in lines[:20]:
+                out.print(f"[{colour}]{word}:[/{colour}] {escape(line)}", highlight=False, soft_wrap=True)
+            if len(lines) > 20:
+                out.print(f"… and {len(lines) - 20} more; --json has all", highlight=False)
+    if report.errors:
+        raise typer.Exit(1)
+
+
+def _shown(fact: object) -> str:
+    """A figure, a spread of figures, or several by name."""
+    if not isinstance(fact, dict):
+        return f"{fact:.3g}" if isinstance(fact, float) else str(fact)
+    if "median" in fact:
+        return f"{fact['min']:.4g} to {fact['max']:.4g}, median {fact['median']:.4g}"
+    return "\n".join(f"{name}: {_shown(part)}" for name, part in fact.items())
 
 
 @measure.command("steering")

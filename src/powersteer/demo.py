@@ -16,7 +16,7 @@ from powersteer.base import load_adapter, load_base
 from powersteer.config import build_config
 from powersteer.data.encode import encode_pairs
 from powersteer.data.openmoji import prepare_openmoji
-from powersteer.data.pairs import PairFolder
+from powersteer.data.pairs import Pairs
 from powersteer.errors import PowersteerError
 from powersteer.evaluation.lines import line_f1
 from powersteer.evaluation.report import write_report
@@ -80,7 +80,7 @@ def run_demo(
     pipe = load_base()
     model = load_adapter(str(trained.adapter_dir))
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    test = PairFolder(data / "test", (side, side))
+    test = Pairs(data / "test", (side, side))
     console.print(f"measuring on {len(test)} held-out pairs")
     held_out = HeldOut(pipe, encode_pairs(pipe, test, out_dir / "cache"), draws=2)
     losses = {
@@ -90,23 +90,23 @@ def run_demo(
     }
 
     chosen = one_of_each_concept(test, pictures)
-    drawings = torch.stack([test.condition(i) for i in chosen]).float() / 255
+    drawings = torch.stack([test[i][1] for i in chosen]).float() / 255
     made: dict[str, list[torch.Tensor]] = {"prior": [], "steered": [], "shuffled": []}
     for batch in track(torch.arange(len(chosen)).split(20), "generating", transient=True, console=console):
-        prompts = [test.pairs[chosen[int(i)]].text for i in batch]
+        prompts = [test.texts[chosen[int(i)]] for i in batch]
         seeds = [seed + int(i) for i in batch]
         others = drawings[(batch + len(chosen) // 2) % len(chosen)]
         for kind, condition in (("prior", None), ("steered", drawings[batch]), ("shuffled", others)):
             images = steered_pictures(pipe, None if condition is None else model, prompts, condition, seeds=seeds)
             made[kind] += [from_pil(image) for image in images]
-    artist = torch.stack([test.image(i) for i in chosen])
+    artist = torch.stack([test[i][0] for i in chosen])
     pictured = {kind: torch.stack(images) for kind, images in made.items()}
     fidelity = {kind: line_f1(drawings, images).mean().item() for kind, images in pictured.items()}
     fidelity["artist"] = line_f1(drawings, artist).mean().item()
     fidelity["share_of_way"] = (fidelity["steered"] - fidelity["prior"]) / (fidelity["artist"] - fidelity["prior"])
 
     metrics: dict[str, Any] = {
-        "pairs": len(PairFolder(data / "train", (side, side), limit=pairs)),
+        "pairs": len(Pairs(data / "train", (side, side), limit=pairs)),
         "held_out_pairs": len(test),
         "held_out_pictures": len(chosen),
         "steps": trained.step,
@@ -143,7 +143,7 @@ def run_demo(
             metrics,
             [
                 {
-                    "text": test.pairs[chosen[i]].text,
+                    "text": test.texts[chosen[i]],
                     "pictures": {
                         "drawing": drawings[i].expand(3, -1, -1) * -2 + 1,
                         "prior, same seed": pictured["prior"][i],
@@ -160,7 +160,7 @@ def run_demo(
     return DemoResult(out_dir, metrics)
 
 
-def one_of_each_concept(test: PairFolder, limit: int) -> list[int]:
+def one_of_each_concept(test: Pairs, limit: int) -> list[int]:
     """The first pair of each concept, at most ``limit``, spread evenly: not twenty skin tones of one emoji."""
     metadata = (test.folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     first = {json.loads(line)["concept"]: i for i, line in reversed(list(enumerate(metadata)))}

@@ -6,6 +6,8 @@ from typing import Any
 
 POLARITY = {"sketch": "ink 1 on 0"}
 """Of the kinds that have one."""
+LABEL_MAPS = ("segmentation", "layout")
+"""Kinds whose colours are labels: a mixture of two of them means nothing."""
 
 
 def conditioning_record(kind: str) -> dict[str, Any]:

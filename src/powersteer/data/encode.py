@@ -12,7 +12,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from powersteer.data.pairs import PairFolder
+from powersteer.data.pairs import Pairs
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class EncodedPairs:
 
 
 @torch.no_grad()
-def encode_pairs(pipe: StableDiffusionPipeline, pairs: PairFolder, cache_dir: Path | None = None) -> EncodedPairs:
+def encode_pairs(pipe: StableDiffusionPipeline, pairs: Pairs, cache_dir: Path | None = None) -> EncodedPairs:
     """Encode every pair, or read them from the cache.
 
     Args:
@@ -52,20 +52,21 @@ def encode_pairs(pipe: StableDiffusionPipeline, pairs: PairFolder, cache_dir: Pa
         except (SafetensorError, TypeError):
             path.unlink()  # cut short while it was written: encode again
     latents: list[torch.Tensor] = []
-    conditions = torch.stack([pairs.condition(i) for i in range(len(pairs))])
+    conditions: list[torch.Tensor] = []
     device, dtype = pipe.vae.device, pipe.vae.dtype
     for start in track(range(0, len(pairs), 32), "encoding pairs", transient=True):
-        images = torch.stack([pairs.image(i) for i in range(start, min(start + 32, len(pairs)))])
+        part = [pairs[i] for i in range(start, min(start + 32, len(pairs)))]
+        images = torch.stack([image for image, _ in part])
+        conditions += [condition for _, condition in part]
         latents.append(pipe.vae.encode(images.to(device, dtype)).latent_dist.mode().float().cpu())
-    texts = [pair.text for pair in pairs.pairs]
-    distinct = ["", *sorted(set(texts) - {""})]
+    distinct = ["", *sorted(set(pairs.texts) - {""})]
     row_of = {text: row for row, text in enumerate(distinct)}
     states = [encode_prompts(pipe, distinct[i : i + 256]) for i in range(0, len(distinct), 256)]
     encoded = EncodedPairs(
         latents=(torch.cat(latents) * pipe.vae.config.scaling_factor).contiguous(),
-        conditions=conditions.contiguous(),
+        conditions=torch.stack(conditions),
         text_states=torch.cat(states).contiguous(),
-        text_rows=torch.tensor([row_of[text] for text in texts]),
+        text_rows=torch.tensor([row_of[text] for text in pairs.texts]),
     )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,12 +83,12 @@ def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str]) -> torch.T
     return states.float().cpu()
 
 
-def _fingerprint(pipe: StableDiffusionPipeline, pairs: PairFolder) -> str:
+def _fingerprint(pipe: StableDiffusionPipeline, pairs: Pairs) -> str:
     """A key of what the result depends on: the pairs, their bytes, and both encoders' weights."""
-    digest = hashlib.sha256(repr((pairs.size, pairs.channels)).encode())
+    digest = hashlib.sha256(repr((pairs.size, pairs.channels, pairs.resampling)).encode())
     for module in (pipe.vae, pipe.text_encoder):
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    for pair in pairs.pairs:
-        digest.update(pair.text.encode() + pair.image.read_bytes() + pair.conditioning_image.read_bytes())
+    for row, text in zip(pairs.rows, pairs.texts, strict=True):
+        digest.update(text.encode() + row.image.read() + row.conditioning_image.read())
     return digest.hexdigest()[:24]

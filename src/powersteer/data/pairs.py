@@ -1,107 +1,90 @@
-"""Folders of (image, condition, caption) pairs: HF ImageFolder with ``metadata.jsonl``."""
+"""Pairs as tensors: one joint transform for picture and condition."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from powersteer.conditions.kinds import LABEL_MAPS
 from powersteer.conditions.tensors import PIL_MODES
+from powersteer.data.layouts import Columns, read_rows
 from powersteer.errors import PowersteerError
 
-IMAGE_COLUMN = "file_name"
-CONDITIONING_COLUMN = "conditioning_image_file_name"
-CAPTION_COLUMN = "text"
+ASPECT_TOLERANCE = 0.01
+"""How far the aspect ratios of a picture and its condition may lie apart: a pixel in a hundred."""
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One row: where its pictures lie, and its caption."""
+class Pairs:
+    """The pairs of a folder, in any layout of `powersteer.data.layouts`, decoded when asked for.
 
-    image: Path
-    conditioning_image: Path
-    text: str
-
-
-class PairFolder:
-    """The pairs of one folder, read when asked for.
+    ``pairs[i]`` is the picture (3, H, W), float in [-1, 1], and its condition (C, H, W), uint8, where 255 stands
+    for 1. Both are scaled to cover the size and cropped around the centre, alike; label maps without interpolation.
 
     Args:
-        folder: Holds ``metadata.jsonl``, a JSON object a line, with ``file_name``,
-            ``conditioning_image_file_name`` (both relative to the folder) and ``text``.
-        size: Pixels (height, width) that every picture must have.
+        folder: Where they lie.
+        size: Pixels (height, width).
         conditioning_channels: 1 (grey) or 3 (RGB).
         limit: Take only so many pairs, spread evenly over the folder.
+        kind: Of the condition; see `powersteer.conditions.kinds`.
+        columns: What the layout calls its columns.
+        default_prompt: Caption of pairs that have none.
 
     Raises:
-        PowersteerError: The folder or a row is malformed, or a picture is missing; names row, file and column.
+        PowersteerError: The folder or a row is malformed, a picture is missing, or a pair has no caption; names row,
+            file and column. On access: a picture cannot be read, or condition and picture differ in aspect ratio.
     """
 
     def __init__(
-        self, folder: Path, size: tuple[int, int], conditioning_channels: int = 1, limit: int | None = None
+        self,
+        folder: Path,
+        size: tuple[int, int],
+        conditioning_channels: int = 1,
+        limit: int | None = None,
+        *,
+        kind: str = "sketch",
+        columns: Columns | None = None,
+        default_prompt: str | None = None,
     ) -> None:
         self.folder, self.size, self.channels = folder, size, conditioning_channels
-        self.pairs = self._read()
+        self.resampling = Image.Resampling.NEAREST if kind in LABEL_MAPS else Image.Resampling.LANCZOS
+        rows = read_rows(folder, columns)
         if limit is not None:
-            if limit > len(self.pairs):
-                raise PowersteerError(f"{folder} holds {len(self.pairs)} pairs, {limit} were asked for")
-            self.pairs = [self.pairs[i * len(self.pairs) // limit] for i in range(limit)]
+            if limit > len(rows):
+                raise PowersteerError(f"{folder} holds {len(rows)} pairs, {limit} were asked for")
+            rows = [rows[i * len(rows) // limit] for i in range(limit)]
+        self.rows = rows
+        self.texts: list[str] = []
+        for row in rows:
+            text = row.text if row.text is not None else default_prompt
+            if text is None:
+                raise PowersteerError(f"{row.where} has no caption: write one, or give default_prompt='…' for all")
+            self.texts.append(text)
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.rows)
 
-    def image(self, index: int) -> torch.Tensor:
-        """Picture (3, H, W) in [-1, 1]."""
-        pixels = self._open(index, self.pairs[index].image, "RGB", IMAGE_COLUMN)
-        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
-
-    def condition(self, index: int) -> torch.Tensor:
-        """Condition (C, H, W), uint8: 255 stands for 1."""
-        pixels = self._open(index, self.pairs[index].conditioning_image, PIL_MODES[self.channels], CONDITIONING_COLUMN)
-        return torch.from_numpy(pixels)[None] if self.channels == 1 else torch.from_numpy(pixels).permute(2, 0, 1)
-
-    def _read(self) -> list[Pair]:
-        metadata = self.folder / "metadata.jsonl"
-        try:
-            lines = metadata.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        row = self.rows[index]
+        picture = row.image.open("RGB")
+        condition = row.conditioning_image.open(PIL_MODES[self.channels])
+        if not same_aspect(picture.size, condition.size):
             raise PowersteerError(
-                f"cannot read {metadata}: a folder of pairs has a metadata.jsonl with one JSON object a line: "
-                f'{{"{IMAGE_COLUMN}": …, "{CONDITIONING_COLUMN}": …, "{CAPTION_COLUMN}": …}}'
-            ) from None
-        pairs: list[Pair] = []
-        for number, line in enumerate(lines):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                columns = [row[column] for column in (IMAGE_COLUMN, CONDITIONING_COLUMN, CAPTION_COLUMN)]
-            except (json.JSONDecodeError, TypeError):
-                raise PowersteerError(f"{metadata}[{number}]: not a JSON object") from None
-            except KeyError as missing:
-                raise PowersteerError(f"{metadata}[{number}]: column {missing} is missing") from None
-            pair = Pair(self.folder / str(columns[0]), self.folder / str(columns[1]), str(columns[2]))
-            for path, column in ((pair.image, IMAGE_COLUMN), (pair.conditioning_image, CONDITIONING_COLUMN)):
-                if not path.exists():
-                    raise PowersteerError(f"{metadata}[{number}]: '{path}' not found (column {column})")
-            pairs.append(pair)
-        if not pairs:
-            raise PowersteerError(f"{metadata} has no rows")
-        return pairs
-
-    def _open(self, index: int, path: Path, mode: str, column: str) -> np.ndarray:  # type: ignore[type-arg]
-        where = f"{self.folder.name}[{index}]: '{path}' (column {column})"
-        try:
-            with Image.open(path) as image:
-                pixels = np.array(image.convert(mode))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
-            raise PowersteerError(f"{where} is not a readable picture") from None
-        if pixels.shape[:2] != self.size:
-            raise PowersteerError(
-                f"{where} is {pixels.shape[1]}×{pixels.shape[0]} pixels, not {self.size[1]}×{self.size[0]}"
+                f"{row.where}: {row.conditioning_image} is {condition.width}×{condition.height} pixels, its picture "
+                f"{picture.width}×{picture.height}: they must have one aspect ratio, or the steering learns a shift"
             )
-        return pixels
+        image = self._fit(picture, Image.Resampling.LANCZOS).float() / 127.5 - 1
+        return image, self._fit(condition, self.resampling)
+
+    def _fit(self, picture: Image.Image, resampling: Image.Resampling) -> torch.Tensor:
+        height, width = self.size
+        pixels = np.array(ImageOps.fit(picture, (width, height), resampling))
+        return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
+
+
+def same_aspect(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes (width, height) have one aspect ratio, to `ASPECT_TOLERANCE` or a pixel."""
+    width = one[0] * other[1] / one[1]
+    return abs(width - other[0]) <= max(1, ASPECT_TOLERANCE * other[0])

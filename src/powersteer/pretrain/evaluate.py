@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
 from powersteer.data.openmoji import prepare_openmoji
-from powersteer.data.pairs import PairFolder
+from powersteer.data.pairs import Pairs
 from powersteer.pictures import save_grid
 from powersteer.pretrain.clip import caption_ranks
 from powersteer.pretrain.icons import IMAGE_SIZE, IconSet
@@ -50,8 +50,8 @@ def evaluate_base(
     generated = caption_ranks(
         clip, tokenizer, sample(pipe, config, prompts), names, torch.arange(len(names)).repeat(SEEDS)
     )
-    test = PairFolder(prepare_openmoji(openmoji_dir) / "test", (IMAGE_SIZE, IMAGE_SIZE))
-    openmoji = torch.stack([test.image(i) for i in range(len(test))])
+    test = Pairs(prepare_openmoji(openmoji_dir) / "test", (IMAGE_SIZE, IMAGE_SIZE))
+    openmoji = torch.stack([test[i][0] for i in range(len(test))])
     metrics: dict[str, Any] = {
         "held_out_pictures": len(held_out),
         "candidate_captions": len(names),

@@ -17,12 +17,17 @@ class TrainConfig(StrictConfig):
     pretrained_model_name_or_path: str = EMBEDDED_BASE
     """The frozen base: ``powersteer-tiny``, a folder in diffusers' layout, or a model of the Hub."""
     train_data_dir: Path
-    """A folder of pairs with a ``metadata.jsonl``."""
+    """A folder of pairs; `powersteer data check` says what it holds, and which layouts can be read."""
     validation_data_dir: Path | None = None
     """Held-out pairs, on which the best weights are chosen; without it, the last weights are kept."""
     output_dir: Path
     cache_dir: Path | None = None
     """Where encoded pairs are kept; ``output_dir/cache`` when not given."""
+    image_column: str = "image"
+    conditioning_image_column: str = "conditioning_image"
+    caption_column: str = "text"
+    default_prompt: str | None = None
+    """Caption of pairs that have none."""
     max_train_samples: int | None = Field(default=None, gt=0)
     conditioning_channels: Literal[1, 3] = 1
     conditioning_kind: str = "sketch"

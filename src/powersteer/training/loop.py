@@ -25,7 +25,8 @@ from powersteer.base import load_base
 from powersteer.conditions.kinds import conditioning_record
 from powersteer.config import save_config
 from powersteer.data.encode import EncodedPairs, encode_pairs
-from powersteer.data.pairs import PairFolder
+from powersteer.data.layouts import Columns
+from powersteer.data.pairs import Pairs
 from powersteer.errors import PowersteerError
 from powersteer.hardware import native_precision
 from powersteer.model import BPSModel
@@ -164,7 +165,15 @@ def train(config: TrainConfig) -> TrainResult:
 
 def _encode(config: TrainConfig, pipe: StableDiffusionPipeline, folder: Path, limit: int | None) -> EncodedPairs:
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    pairs = PairFolder(folder, (side, side), config.conditioning_channels, limit)
+    pairs = Pairs(
+        folder,
+        (side, side),
+        config.conditioning_channels,
+        limit,
+        kind=config.conditioning_kind,
+        columns=Columns(config.image_column, config.conditioning_image_column, config.caption_column),
+        default_prompt=config.default_prompt,
+    )
     return encode_pairs(pipe, pairs, config.cache_dir or config.output_dir / "cache")
 
 
