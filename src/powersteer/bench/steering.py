@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import diffusers
 import torch
@@ -115,7 +115,7 @@ def bench_steering(
             _wait(device)
             if round_ > 0:
                 seconds.append(time.perf_counter() - since)
-    peaks = [_peak(way, device) for way in ways]
+    peaks = [_peak(way, unet, device) for way in ways]
     rows = [
         Row(
             way.name,
@@ -146,9 +146,11 @@ def _unet(shape: Shape) -> tuple[UNet2DConditionModel, int]:
     """The U-Net and the VAE's scale factor."""
     if shape == "tiny":
         pipe = load_base()
-        return pipe.unet, pipe.vae_scale_factor
-    config: dict[str, Any] = _SDXL if shape == "sdxl" else {"sample_size": 64, "cross_attention_dim": 768}
-    return UNet2DConditionModel(**config), 8
+        # Without the text in its time embedding, which ControlNet-XS knows for SDXL only.
+        config = {**pipe.unet.config, "addition_embed_type": None}
+        return cast(UNet2DConditionModel, UNet2DConditionModel.from_config(config)), pipe.vae_scale_factor
+    shape_config: dict[str, Any] = _SDXL if shape == "sdxl" else {"sample_size": 64, "cross_attention_dim": 768}
+    return UNet2DConditionModel(**shape_config), 8
 
 
 def _ways(
@@ -170,7 +172,7 @@ def _ways(
     pixels = factor * sample.shape[-1]
     sketch = torch.rand(1, 1, pixels, pixels, device=device)
     picture = torch.rand(2, 3, pixels, pixels, device=device, dtype=dtype)
-    yield _Way("bare U-Net", denoise, (unet,))
+    yield _Way("bare U-Net", denoise)
 
     for preset in ("paper", "lite"):
         model = ready(_randomised(BPSModel.from_unet(unet, pixel_unshuffle=factor, preset=preset)))
@@ -223,14 +225,14 @@ def _randomised(model: BPSModel) -> BPSModel:
     return model
 
 
-def _peak(way: _Way, device: str) -> int:
+def _peak(way: _Way, unet: nn.Module, device: str) -> int:
     """Bytes of the tensors that a step makes, at their peak."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         way.step()
         return torch.cuda.max_memory_allocated() - before
-    with _TensorBytes([p for module in way.modules for p in module.parameters()]) as tracked:
+    with _TensorBytes([p for module in (unet, *way.modules) for p in module.parameters()]) as tracked:
         way.step()
     return tracked.peak
 
