@@ -86,6 +86,12 @@ def test_warnings(folder, tmp_path):
     assert not any("inverted" in warning for warning in check_pairs(folder, kind="depth").warnings)
 
 
+def test_flat_pictures_of_other_colours_are_no_look_alikes(folder):
+    for i, colour in enumerate(["#ff0000", "#00ff00", "#0000ff", "#ff0200"]):
+        Image.new("RGB", (32, 32), colour).save(folder / "images" / f"{i}.png")
+    assert check_pairs(folder).facts["look_alikes"] == 1  # the two reds
+
+
 def test_the_hash_sees_through_scale_and_brightness_only():
     rng = np.random.default_rng(0)
     one = Image.fromarray(rng.integers(0, 200, (16, 17, 3), dtype=np.uint8)).resize(

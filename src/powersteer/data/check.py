@@ -20,6 +20,8 @@ from powersteer.errors import PowersteerError
 
 ALIKE = 8
 """Bits of 256 in which the perceptual hashes of two pictures that look alike may differ."""
+ALIKE_COLOURS = 4
+"""And the most their thumbnails may, in 255ths, on average: flat pictures differ in little else."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class _Scan:
     """(N,) each, of the conditions, in [0, 1]."""
     hashes: np.ndarray[Any, Any]
     """(N, 256), -1 or 1."""
+    thumbnails: np.ndarray[Any, Any]
+    """(N, 16, 16, 3)."""
 
 
 def check_pairs(
@@ -96,7 +100,7 @@ def check_pairs(
             share = f"{np.median(train.mean):.0%}"
             warnings.append(f"half of the conditions are {share} ink or more, {POLARITY[kind]}: are they inverted?")
         facts["captions"] = _captions(train.rows, warnings)
-        doubles = [(i, j) for i, j in _alike(train.hashes, train.hashes) if i < j]
+        doubles = [(i, j) for i, j in _alike(train, train) if i < j]
         facts["look_alikes"] = len({j for _, j in doubles})
         if doubles:
             i, j = doubles[0]
@@ -105,7 +109,7 @@ def check_pairs(
     if validation is not None:
         held_out = _scan(validation, columns, mode, default_prompt, errors)
         facts["validation_pairs"] = len(held_out.rows)
-        leaks = _alike(train.hashes, held_out.hashes)
+        leaks = _alike(train, held_out)
         facts["leaks"] = len({j for _, j in leaks})
         if leaks:
             i, j = leaks[0]
@@ -133,12 +137,13 @@ def _scan(folder: Path, columns: Columns | None, mode: str, default_prompt: str 
             errors.append(f"{row.where} has no caption: write one, or give default_prompt='…' for all")
         values = np.asarray(condition, dtype=np.float32) / 255
         rows.append(row)
-        measures.append((picture.size, values.min(), values.max(), values.mean(), perceptual_hash(picture)))
+        thumbnail = np.asarray(picture.resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
+        measures.append((picture.size, values.min(), values.max(), values.mean(), perceptual_hash(picture), thumbnail))
     if not measures:
         none = np.empty(0)
-        return _Scan(rows, np.empty((0, 2)), none, none, none, np.empty((0, 256)))
-    sizes, low, high, mean, hashes = (np.array(column) for column in zip(*measures, strict=True))
-    return _Scan(rows, sizes, low, high, mean, hashes)
+        return _Scan(rows, np.empty((0, 2)), none, none, none, np.empty((0, 256)), np.empty((0, 16, 16, 3)))
+    sizes, low, high, mean, hashes, thumbnails = (np.array(column) for column in zip(*measures, strict=True))
+    return _Scan(rows, sizes, low, high, mean, hashes, thumbnails)
 
 
 def perceptual_hash(picture: Image.Image) -> np.ndarray[Any, Any]:
@@ -147,12 +152,15 @@ def perceptual_hash(picture: Image.Image) -> np.ndarray[Any, Any]:
     return np.where(cells[:, :-1] > cells[:, 1:], 1, -1).ravel().astype(np.float32)
 
 
-def _alike(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
-    """Pairs of indices whose hashes differ in at most `ALIKE` bits."""
+def _alike(one: _Scan, other: _Scan) -> list[tuple[int, int]]:
+    """Pairs of indices whose pictures look alike: in shape by their hashes, in colour by their thumbnails."""
     found: list[tuple[int, int]] = []
-    for start in range(0, len(one), 1024):
-        agreement = one[start : start + 1024] @ other.T  # 256 − 2 × differing bits
-        found += [(start + int(i), int(j)) for i, j in np.argwhere(agreement >= 256 - 2 * ALIKE)]
+    for start in range(0, len(one.rows), 1024):
+        agreement = one.hashes[start : start + 1024] @ other.hashes.T  # 256 − 2 × differing bits
+        for row, j in np.argwhere(agreement >= 256 - 2 * ALIKE):
+            i = start + int(row)
+            if np.abs(one.thumbnails[i] - other.thumbnails[j]).mean() <= ALIKE_COLOURS:
+                found.append((i, int(j)))
     return found
 
 
