@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw
 from conftest import draw_pairs, randomise
 from powersteer import BPSModel, cli
 from powersteer.base import load_base
+from powersteer.config import load_config
+from powersteer.training.config import TrainConfig
 
 
 @pytest.fixture
@@ -224,6 +226,12 @@ def test_data_check_says_what_is_there_and_exits_with_1_where_training_would_fai
     status, printed, _ = run("data", "check", pairs, "--json")
     assert status == 1 and "is not a readable picture" in json.loads(printed)["errors"][0]
     one_line(run("data", "check", tmp_path / "none"), "there is no folder of pairs")
+
+
+def test_the_readmes_training_command_needs_nothing_but_the_pairs():
+    config = load_config(Path(__file__).parents[1] / "configs" / "sketch.yaml", TrainConfig)
+    given = {name: value for name, value in config if isinstance(value, Path)}
+    assert set(given) == {"train_data_dir", "output_dir"}
 
 
 def test_train_then_generate_with_it(run, tmp_path, base_dir, drawing):

@@ -134,6 +134,19 @@ def test_what_is_missing_in_each_layout_is_named(source, tmp_path):
         read_rows(tmp_path / "nothing")
 
 
+def test_captions_that_are_not_utf8_and_files_that_cannot_be_read(source, tmp_path):
+    as_basenames(source, tmp_path / "base")
+    (tmp_path / "base" / "images" / "1.txt").write_bytes("Käse".encode("latin-1"))
+    with pytest.raises(PowersteerError, match=r"1.txt is not UTF-8 text"):
+        read_rows(tmp_path / "base")
+    (source / "metadata.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(PowersteerError, match=r"metadata.jsonl is not UTF-8 text"):
+        read_rows(source)
+    gone = Picture("gone.png", "image", (tmp_path / "gone.png").read_bytes)
+    with pytest.raises(PowersteerError, match=r"'gone.png' \(column image\) cannot be read: No such file"):
+        gone.content()
+
+
 def test_one_transform_for_picture_and_condition(source):
     """A wide pair: both are scaled by a half and lose the same columns left and right."""
     wide = Image.new("L", (128, 64))

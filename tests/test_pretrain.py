@@ -11,12 +11,13 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from powersteer import PowersteerError
 from powersteer.base import load_base, load_clip
-from powersteer.config import build_config
+from powersteer.config import build_config, load_config
 from powersteer.pretrain import evaluate, text
 from powersteer.pretrain.clip import caption_ranks
 from powersteer.pretrain.config import PretrainConfig
 from powersteer.pretrain.icons import (
     DataConfig,
+    Icon,
     IconSource,
     _names,
     build_icons,
@@ -26,6 +27,7 @@ from powersteer.pretrain.icons import (
 )
 from powersteer.pretrain.stages import pretrain
 from powersteer.pretrain.text import teacher_embeddings, teacher_words, tokenize
+from powersteer.pretrain.unet import UNetConfig, draw_weights
 from powersteer.pretrain.vae import augment, psnr
 
 BODY = '<path fill="#2F88FF" stroke="#000" stroke-width="4" d="M4 4h{w}v{h}H4z"/>'
@@ -197,3 +199,20 @@ def test_all_stages_make_a_base_that_loads_and_can_go_on(icons_dir, teacher, mon
     vae = further.vae.state_dict()
     assert all(torch.equal(tensor, vae[name]) for name, tensor in pipe.vae.state_dict().items())
     assert any(not torch.equal(a, b) for a, b in zip(further.unet.parameters(), pipe.unet.parameters(), strict=True))
+
+
+def test_how_often_each_picture_is_drawn():
+    icons = [
+        Icon(name=name, style=style, use="all", mirrored=False, held_out=False)
+        for name, style in (("fox", "noto"), ("woman dancing", "noto"), ("fox", "blob"), ("man", "twemoji"))
+    ]
+    config = UNetConfig(
+        steps=1, batch_size=1, learning_rate=1e-3, people_weight=0.25, style_weights={"noto": 20, "blob": 0}
+    )
+    assert draw_weights(config, icons).tolist() == [20, 5, 0, 0.25]
+
+
+def test_a_style_that_no_source_has_is_refused():
+    recipe = Path(__file__).parents[1] / "configs" / "powersteer-tiny.yaml"
+    with pytest.raises(PowersteerError, match=r"style_weights names \['notto'\]; the sources' styles are"):
+        load_config(recipe, PretrainConfig, ["unet.style_weights={notto: 20}"])

@@ -3,7 +3,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from powersteer import PowersteerError, steer
-from powersteer.generate import steered_pictures
+from powersteer.generate import GenerateSettings, generate, steered_pictures
 from powersteer.steering import steered_layers
 
 
@@ -173,6 +173,12 @@ def test_what_does_not_fit_is_refused_in_words(pipe, model, condition, message):
 def test_prompts_without_a_seed_each_are_refused(pipe, model, prompts, seeds):
     with pytest.raises(PowersteerError, match=f"{len(prompts)} prompts and {len(seeds)} seeds"):
         steered_pictures(pipe, model, prompts, drawing(4), seeds=seeds)
+
+
+def test_a_list_of_no_jobs_is_refused(tmp_path):
+    with pytest.raises(PowersteerError, match="no prompts: give at least one"):
+        generate(GenerateSettings(), [], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_many_conditions_for_the_prompts_are_refused(pipe, model):

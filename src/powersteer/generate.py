@@ -137,9 +137,11 @@ def generate(
         The pictures' files, then the grid's.
 
     Raises:
-        PowersteerError: Empty prompt, unreadable picture, missing base or adapter, not as many conditions as adapters,
-            an unwritable folder, or (``resume``) one with pictures of other settings.
+        PowersteerError: No jobs, empty prompt, unreadable picture, missing base or adapter, not as many conditions as
+            adapters, an unwritable folder, or (``resume``) one with pictures of other settings.
     """
+    if not jobs:
+        raise PowersteerError("no prompts: give at least one")
     for job in jobs:
         if not job.prompt.strip():
             raise PowersteerError("the prompt is empty: say what the drawing shows, such as --prompt 'a fox'")

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -33,6 +33,7 @@ Shape = Literal["tiny", "sd15", "sdxl"]
 Step = Callable[[], Any]
 TIMESTEP = 501
 
+_SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
 _SDXL: dict[str, Any] = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
@@ -91,7 +92,7 @@ def bench_steering(
     The ways take turns, so that a machine's moods hit all alike; ratios are taken within a round.
 
     Args:
-        shape: ``tiny`` (the embedded base, 64 px), ``sd15`` (512 px) or ``sdxl`` (1024 px).
+        shape: ``tiny`` (the embedded base's, 64 px), ``sd15`` (512 px) or ``sdxl`` (1024 px).
         device: Where to measure.
         dtype: Of weights and activations.
         rounds: Turns counted, after one that is not.
@@ -144,13 +145,12 @@ class _Way:
 
 def _unet(shape: Shape) -> tuple[UNet2DConditionModel, int]:
     """The U-Net and the VAE's scale factor."""
-    if shape == "tiny":
-        pipe = load_base()
-        # Without the text in its time embedding, which ControlNet-XS knows for SDXL only.
-        config = {**pipe.unet.config, "addition_embed_type": None}
-        return cast(UNet2DConditionModel, UNet2DConditionModel.from_config(config)), pipe.vae_scale_factor
-    shape_config: dict[str, Any] = _SDXL if shape == "sdxl" else {"sample_size": 64, "cross_attention_dim": 768}
-    return UNet2DConditionModel(**shape_config), 8
+    if shape != "tiny":
+        return UNet2DConditionModel(**(_SDXL if shape == "sdxl" else _SD15)), 8
+    pipe = load_base()
+    # Without the text in its time embedding, which ControlNet-XS knows for SDXL only.
+    config: dict[str, Any] = {**pipe.unet.config, "addition_embed_type": None}
+    return UNet2DConditionModel(**{k: v for k, v in config.items() if not k.startswith("_")}), pipe.vae_scale_factor
 
 
 def _ways(

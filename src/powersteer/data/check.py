@@ -124,7 +124,7 @@ def _scan(folder: Path, columns: Columns | None, mode: str, default_prompt: str 
     for row in track(read_rows(folder, columns, errors), f"reading {folder.name}", transient=True):
         try:
             picture, condition = row.image.open("RGB"), row.conditioning_image.open(mode)
-        except (PowersteerError, OSError) as error:
+        except PowersteerError as error:
             errors.append(f"{row.where}: {error}")
             continue
         if not same_aspect(picture.size, condition.size):

@@ -90,5 +90,5 @@ def _fingerprint(pipe: StableDiffusionPipeline, pairs: Pairs) -> str:
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
     for row, text in zip(pairs.rows, pairs.texts, strict=True):
-        digest.update(text.encode() + row.image.read() + row.conditioning_image.read())
+        digest.update(text.encode() + row.image.content() + row.conditioning_image.content())
     return digest.hexdigest()[:24]

@@ -34,13 +34,11 @@ class Columns:
 class Layout(Protocol):
     """One way to lay out pairs."""
 
-    @staticmethod
-    def fits(folder: Path) -> bool:
+    def fits(self, folder: Path) -> bool:
         """Whether a folder looks like it."""
         ...
 
-    @staticmethod
-    def rows(folder: Path, columns: Columns) -> Iterator[ReadRow]:
+    def rows(self, folder: Path, columns: Columns) -> Iterator[ReadRow]:
         """Its pairs, in order; a pair that cannot be made says so when it is called, and the next may be whole."""
         ...
 
@@ -78,62 +76,52 @@ def read_rows(folder: Path, columns: Columns | None = None, faults: list[str] | 
     return rows
 
 
-class ImageFolder:
-    """Hugging Face ImageFolder: ``metadata.jsonl``, pictures in columns that end in ``file_name``."""
+@dataclass(frozen=True)
+class JsonLines:
+    """One JSON object a line, that names files of the folder."""
 
-    @staticmethod
-    def fits(folder: Path) -> bool:
-        """Whether there is a ``metadata.jsonl``."""
-        return (folder / "metadata.jsonl").exists()
+    file: str
+    names: Callable[[Columns], Columns]
+    """What a row calls its columns, given the user's names."""
 
-    @staticmethod
-    def rows(folder: Path, columns: Columns) -> Iterator[ReadRow]:
+    def fits(self, folder: Path) -> bool:
+        """Whether there is the file."""
+        return (folder / self.file).exists()
+
+    def rows(self, folder: Path, columns: Columns) -> Iterator[ReadRow]:
         """One a line."""
-        return (partial(ImageFolder._row, folder, *line, columns) for line in _lines(folder / "metadata.jsonl"))
+        path = folder / self.file
+        lines = enumerate(_decode(path, path.read_bytes()).splitlines())
+        return (partial(self._row, folder, f"{folder.name}[{i}]", line, columns) for i, line in lines if line.strip())
 
-    @staticmethod
-    def _row(folder: Path, where: str, line: str, columns: Columns) -> Row:
-        row = _object(where, line)
-        image = "file_name" if columns.image == "image" else f"{columns.image}_file_name"
-        conditioning = f"{columns.conditioning_image}_file_name"
-        if conditioning not in row and columns.conditioning_image in row:
-            conditioning = columns.conditioning_image  # which `datasets` would take for text
-        return Row(
-            where, _file(where, row, image, folder), _file(where, row, conditioning, folder), _text(row, columns.text)
-        )
+    def _row(self, folder: Path, where: str, line: str, columns: Columns) -> Row:
+        row, names = _object(where, line), self.names(columns)
+        condition = names.conditioning_image
+        if condition not in row and columns.conditioning_image in row:
+            condition = columns.conditioning_image  # people write it plainly; `datasets` would take it for text
+        image, conditioning_image = (_file(where, row, column, folder) for column in (names.image, condition))
+        return Row(where, image, conditioning_image, _text(row, names.text))
 
 
-class ControlNetLines:
-    """ControlNet's tutorial: ``prompt.json`` with ``source`` (the condition), ``target`` and ``prompt``."""
+def _image_folder(columns: Columns) -> Columns:
+    """Hugging Face ImageFolder: pictures in columns that end in ``file_name``."""
+    image = "file_name" if columns.image == "image" else f"{columns.image}_file_name"
+    return Columns(image, f"{columns.conditioning_image}_file_name", columns.text)
 
-    @staticmethod
-    def fits(folder: Path) -> bool:
-        """Whether there is a ``prompt.json``."""
-        return (folder / "prompt.json").exists()
 
-    @staticmethod
-    def rows(folder: Path, columns: Columns) -> Iterator[ReadRow]:
-        """One a line."""
-        return (partial(ControlNetLines._row, folder, *line) for line in _lines(folder / "prompt.json"))
-
-    @staticmethod
-    def _row(folder: Path, where: str, line: str) -> Row:
-        row = _object(where, line)
-        return Row(
-            where, _file(where, row, "target", folder), _file(where, row, "source", folder), _text(row, "prompt")
-        )
+def _controlnet(_: Columns) -> Columns:
+    """ControlNet's tutorial: ``source`` is the condition."""
+    return Columns("target", "source", "prompt")
 
 
 class Basenames:
     """``images/`` and ``conditioning_images/`` with the same base names, captions in ``images/*.txt``."""
 
-    @staticmethod
-    def fits(folder: Path) -> bool:
+    def fits(self, folder: Path) -> bool:
         """Whether both folders are there."""
         return (folder / "images").is_dir() and (folder / "conditioning_images").is_dir()
 
-    @staticmethod
-    def rows(folder: Path, columns: Columns) -> Iterator[ReadRow]:
+    def rows(self, folder: Path, columns: Columns) -> Iterator[ReadRow]:
         """By name."""
         conditions = {file.stem: file for file in _pictures(folder / "conditioning_images")}
         for i, image in enumerate(_pictures(folder / "images")):
@@ -148,20 +136,18 @@ class Basenames:
             where,
             Picture(str(image), "images", image.read_bytes),
             Picture(str(condition), "conditioning_images", condition.read_bytes),
-            caption.read_text(encoding="utf-8").strip() if caption.exists() else None,
+            _decode(caption, caption.read_bytes()).strip() if caption.exists() else None,
         )
 
 
 class WebDataset:
     """``.tar`` shards: members that share a key, side by side; read in place, nothing is extracted."""
 
-    @staticmethod
-    def fits(folder: Path) -> bool:
+    def fits(self, folder: Path) -> bool:
         """Whether there is a ``.tar``."""
         return any(folder.glob("*.tar"))
 
-    @staticmethod
-    def rows(folder: Path, columns: Columns) -> Iterator[ReadRow]:
+    def rows(self, folder: Path, columns: Columns) -> Iterator[ReadRow]:
         """Shard by shard, key by key."""
         for shard in sorted(folder.glob("*.tar")):
             try:
@@ -190,7 +176,7 @@ class WebDataset:
 
         text = None
         if "txt" in parts:
-            text = bytes_of(parts["txt"])().decode("utf-8", "replace").strip()
+            text = _decode(where, bytes_of(parts["txt"])()).strip()
         elif "json" in parts:
             text = _text(_object(where, bytes_of(parts["json"])()), columns.text)
         return Row(where, picture(columns.image, True), picture(columns.conditioning_image, False), text)
@@ -199,13 +185,11 @@ class WebDataset:
 class SavedDataset:
     """What ``datasets.Dataset.save_to_disk`` wrote."""
 
-    @staticmethod
-    def fits(folder: Path) -> bool:
+    def fits(self, folder: Path) -> bool:
         """Whether there is its ``dataset_info.json`` or ``dataset_dict.json``."""
         return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
 
-    @staticmethod
-    def rows(folder: Path, columns: Columns) -> Iterator[ReadRow]:
+    def rows(self, folder: Path, columns: Columns) -> Iterator[ReadRow]:
         """One an example; pictures stay encoded until they are asked for."""
         try:
             import datasets
@@ -232,16 +216,20 @@ class SavedDataset:
         return (partial(row, i) for i in range(len(table)))
 
 
-LAYOUTS: tuple[type[Layout], ...] = (ImageFolder, ControlNetLines, WebDataset, SavedDataset, Basenames)
+LAYOUTS: tuple[Layout, ...] = (
+    JsonLines("metadata.jsonl", _image_folder),
+    JsonLines("prompt.json", _controlnet),
+    WebDataset(),
+    SavedDataset(),
+    Basenames(),
+)
 
 
-def _lines(path: Path) -> list[tuple[str, str]]:
-    """Place and text of every line that has any."""
+def _decode(where: Path | str, content: bytes) -> str:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PowersteerError(f"cannot read {path} ({error})") from None
-    return [(f"{path.parent.name}[{i}]", line) for i, line in enumerate(lines) if line.strip()]
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise PowersteerError(f"{where} is not UTF-8 text: save it as UTF-8") from None
 
 
 def _text(row: dict[str, Any], column: str) -> str | None:

@@ -21,14 +21,26 @@ class Picture:
     """The column that names it."""
     read: Callable[[], bytes]
 
+    def content(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            PowersteerError: They cannot be read.
+        """
+        try:
+            return self.read()
+        except OSError as error:
+            raise PowersteerError(f"{self} cannot be read: {error.strerror}") from None
+
     def open(self, mode: str) -> Image.Image:
         """The decoded picture, upright; what is transparent becomes white in RGB, and nothing (0) in grey.
 
         Raises:
             PowersteerError: It is no readable picture, or has more than 8 bits a channel.
         """
+        content = self.content()
         try:
-            with Image.open(io.BytesIO(self.read())) as image:
+            with Image.open(io.BytesIO(content)) as image:
                 upright = ImageOps.exif_transpose(image)
                 upright.load()
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError):

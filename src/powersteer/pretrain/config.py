@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
+
+from pydantic import model_validator
 
 from powersteer.config import StrictConfig
 from powersteer.pretrain.clip import CLIPConfig
@@ -24,3 +27,10 @@ class PretrainConfig(StrictConfig):
     clip: CLIPConfig
     vae: VAEConfig
     unet: UNetConfig
+
+    @model_validator(mode="after")
+    def _styles_are_known(self) -> Self:
+        known = {source.style for source in self.data.sources}
+        if unknown := set(self.unet.style_weights) - known:
+            raise ValueError(f"style_weights names {sorted(unknown)}; the sources' styles are {sorted(known)}")
+        return self

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from powersteer.pictures import save_grid
 from powersteer.pretrain.clip import caption_ranks
 from powersteer.pretrain.fit import FitConfig, fit
-from powersteer.pretrain.icons import IconSet, captions
+from powersteer.pretrain.icons import Icon, IconSet, captions
 from powersteer.pretrain.text import tokenize
 
 LATENT_SIZE = 16
@@ -35,7 +36,7 @@ class UNetConfig(FitConfig):
     empty_prompt_share: float = Field(default=0.1, ge=0, lt=1)
     people_weight: float = Field(default=0.4, gt=0, le=1)
     """How often a picture of people is drawn against any other: they are many and alike."""
-    style_weights: dict[str, float] = Field(default_factory=dict)
+    style_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """How often a style's pictures are drawn, where not 1. Styles draw one name so differently that plain prompts get
     shapes only when one style is seen far more often than the others."""
     flip_share: float = Field(default=0.5, ge=0, le=1)
@@ -85,6 +86,13 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
+def draw_weights(config: UNetConfig, icons: Sequence[Icon]) -> torch.Tensor:
+    """How often each picture is drawn against the others, (N,)."""
+    people = [config.people_weight if icon.name.startswith(_PEOPLE) else 1.0 for icon in icons]
+    styles = [config.style_weights.get(icon.style, 1.0) for icon in icons]
+    return torch.tensor(people) * torch.tensor(styles)
+
+
 @torch.no_grad()
 def encode_latents(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
     """Unscaled latent means (N, 4, 16, 16) of pictures (N, 3, 64, 64) in [-1, 1]."""
@@ -125,13 +133,7 @@ def train_unet(
     scale = vae.config["scaling_factor"]
     latents = torch.stack([encode_latents(vae, images), encode_latents(vae, images.flip(3))], 1) * scale
     mirrored = torch.tensor([row.mirrored for row in rows])
-    frequency = torch.tensor(
-        [
-            config.style_weights.get(row.style or "", 1.0)
-            * (config.people_weight if row.name.startswith(_PEOPLE) else 1.0)
-            for row in rows
-        ]
-    )
+    frequency = draw_weights(config, rows)
     texts = sorted({caption for row in rows for caption in captions(row.name, row.style)})
     row_of = {text: i for i, text in enumerate(texts)}
     states = torch.cat([encode_text(text_encoder, tokenizer, texts[i : i + 512]) for i in range(0, len(texts), 512)])
