@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from powersteer import BPSModel
+from powersteer.training.config import TrainConfig
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -129,3 +131,23 @@ def draw_pairs(folder: Path, count: int, seed: int = 0, size: int = 32) -> Path:
 @pytest.fixture
 def pairs_dir(tmp_path) -> Path:
     return draw_pairs(tmp_path / "pairs", 12)
+
+
+@pytest.fixture
+def config(tmp_path, base_dir) -> TrainConfig:
+    return TrainConfig(
+        pretrained_model_name_or_path=str(base_dir),
+        train_data_dir=str(draw_pairs(tmp_path / "train", 16)),
+        validation_data_dir=draw_pairs(tmp_path / "validation", 6, seed=1),
+        output_dir=tmp_path / "run",
+        cache_dir=tmp_path / "cache",
+        train_batch_size=4,
+        max_train_steps=8,
+        validation_steps=4,
+        checkpointing_steps=4,
+        lr_warmup_steps=2,
+        mixed_precision="no",
+        weights="uniform",
+        learning_rate=1e-3,
+        num_validation_images=0,
+    )

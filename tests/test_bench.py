@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from powersteer import cli, load_base
-from powersteer.bench.steering import _TensorBytes, bench_steering
+from powersteer.bench.steering import bench_steering
+from powersteer.memory import TensorBytes
 from powersteer.model import BPSModel
 
 
 def test_peak_memory_is_a_closed_form():
     weight = torch.ones(1000)
-    with _TensorBytes([weight]) as tracked:
+    with TensorBytes([weight]) as tracked:
         a = weight + 1  # 4,000 bytes live
         b = a * 2  # 8,000
         del a

@@ -228,10 +228,28 @@ def test_data_check_says_what_is_there_and_exits_with_1_where_training_would_fai
     one_line(run("data", "check", tmp_path / "none"), "there is no folder of pairs")
 
 
-def test_the_readmes_training_command_needs_nothing_but_the_pairs():
-    config = load_config(Path(__file__).parents[1] / "configs" / "sketch.yaml", TrainConfig)
-    given = {name: value for name, value in config if isinstance(value, Path)}
-    assert set(given) == {"train_data_dir", "output_dir"}
+@pytest.mark.parametrize("name", ["sketch", "few-shot"])
+def test_the_readmes_training_commands_need_nothing_but_the_pairs(name):
+    config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.yaml", TrainConfig)
+    assert {key for key, value in config if isinstance(value, Path)} == {"output_dir"}
+    assert config.train_data_dir == "my/pairs" and config.preset in (None, name)
+
+
+def test_dry_run_loads_nothing_and_prints_every_key(run, tmp_path, base_dir):
+    config = tmp_path / "train.yaml"
+    given = {"train_data_dir": "none", "output_dir": tmp_path / "run", "pretrained_model_name_or_path": base_dir}
+    config.write_text("".join(f"{key}: {value}\n" for key, value in given.items()))
+    code, printed, _ = run("train", config, "preset=low-memory", "--dry-run")
+    assert code == 0 and not (tmp_path / "run").exists()
+    for key in TrainConfig.model_fields:
+        assert f"{key}: " in printed
+    assert "effective batch size" in printed and "activations" in printed and "free now" in printed
+    code, printed, _ = run("train", config, "--dry-run", "--json")
+    facts = json.loads(printed)
+    assert facts["config"]["learning_rate"] == 1e-4 and facts["memory"]["total"] > facts["memory"]["optimizer"] > 0
+    one_line(
+        run("train", config, "pretrained_model_name_or_path=none/such", "--dry-run"), "cannot read the base 'none/such'"
+    )
 
 
 def test_train_then_generate_with_it(run, tmp_path, base_dir, drawing):

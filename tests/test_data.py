@@ -1,17 +1,24 @@
+import io
 import json
+import shutil
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from conftest import draw_pairs
 from powersteer import PowersteerError
-from powersteer.data.encode import encode_pairs
+from powersteer.data import encode
+from powersteer.data.contents import Contents
+from powersteer.data.encode import conditions_of, encode_pairs, unet_inputs
 from powersteer.data.openmoji import concept_of, draw_pair, list_drawings, split_by_concept
-from powersteer.data.pairs import Pairs
+from powersteer.data.pairs import Pairs, Views, bucket_sizes, nearest
+from powersteer.data.rows import Picture
 
 SIZE = (32, 32)
 
@@ -125,15 +132,37 @@ def test_bad_pictures_are_named(pairs_dir):
 
 
 @torch.no_grad()
-def test_encoded_pairs_are_what_the_pipeline_makes(pipe, pairs_dir):
-    pairs = Pairs(pairs_dir, SIZE)
-    encoded = encode_pairs(pipe, pairs)
-    wanted = pipe.vae.encode(pairs[4][0][None]).latent_dist.mean * pipe.vae.config.scaling_factor
-    torch.testing.assert_close(encoded.latents[4:5], wanted, atol=1e-5, rtol=1e-4)
-    tokens = pipe.tokenizer("a fox", padding="max_length", max_length=12, return_tensors="pt").input_ids
+@pytest.mark.parametrize("cached", [True, False])
+def test_encoded_pairs_are_what_the_pipeline_makes(pipe, pairs_dir, tmp_path, cached):
+    pairs = Pairs(pairs_dir, SIZE, views=Views(random_flip=True, crops=1))
+    encoded = encode_pairs(pipe, pairs, tmp_path / "cache" if cached else None)
+    assert encoded.cached == cached
+    for view in range(4):
+        sample = encoded[4, view]
+        image, condition = pairs.view(4, view)
+        wanted = pipe.vae.encode(image[None]).latent_dist.mean * pipe.vae.config.scaling_factor
+        torch.testing.assert_close(encoded.latents([sample]), wanted, atol=1e-5, rtol=1e-4)
+        assert torch.equal(sample.condition, condition) and sample.texts == ("a fox",)
+        assert torch.equal(conditions_of([sample])[0], condition / 255)
+    tokens = pipe.tokenizer(["a fox", ""], padding="max_length", max_length=12, return_tensors="pt").input_ids
     states = pipe.text_encoder(tokens)[0]
-    torch.testing.assert_close(encoded.text_states[encoded.text_rows[4]][None], states)
-    assert np.allclose(encoded.condition(torch.tensor([4])).numpy()[0, 0], pairs[4][1][0] / 255)
+    torch.testing.assert_close(encoded.texts(["a fox", ""])["encoder_hidden_states"], states)
+
+
+def test_views_cut_and_mirror_picture_and_condition_alike(pairs_dir):
+    pairs = Pairs(pairs_dir, SIZE, views=Views(random_flip=True, crops=2))
+    assert len(pairs.views) == 6
+    plain, mirrored = pairs.view(3, 0), pairs.view(3, 1)
+    assert all(torch.equal(one.flip(-1), other) for one, other in zip(plain, mirrored, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(plain, pairs[3], strict=True))
+    for view in (2, 4):
+        image, condition = pairs.view(3, view)
+        assert not torch.equal(image, plain[0])
+        # The outline is black in the picture, and ink in the drawing: still in the same places.
+        dark, ink = (image.mean(0) < -0.6), condition[0] > 160
+        assert (dark & ink).sum() / (dark | ink).sum() > 0.7
+        assert all(torch.equal(a.flip(-1), b) for a, b in zip((image, condition), pairs.view(3, view + 1), strict=True))
+    assert not torch.equal(pairs.view(3, 2)[0], pairs.view(3, 4)[0])
 
 
 def test_cache_is_used_and_follows_content_and_weights(pipe, tmp_path):
@@ -141,15 +170,89 @@ def test_cache_is_used_and_follows_content_and_weights(pipe, tmp_path):
     cache = tmp_path / "cache"
     calls = []
     pipe.vae.encoder.register_forward_hook(lambda *_: calls.append(1))
-    first = encode_pairs(pipe, Pairs(folder, SIZE), cache)
-    again = encode_pairs(pipe, Pairs(folder, SIZE), cache)
-    assert len(calls) == 1 and torch.equal(first.latents, again.latents)
+
+    def latents(folder=folder):
+        encoded = encode_pairs(pipe, Pairs(folder, SIZE), cache)
+        return torch.stack([encoded[i, 0].image for i in range(4)])
+
+    first = latents()
+    assert torch.equal(first, latents()) and len(calls) == 1
+    shutil.copytree(folder, tmp_path / "moved")  # the same content at another place
+    assert torch.equal(first, latents(tmp_path / "moved")) and len(calls) == 1
     Image.new("RGB", SIZE, "navy").save(folder / "images" / "2.png")
-    assert not torch.equal(encode_pairs(pipe, Pairs(folder, SIZE), cache).latents, first.latents)
+    changed = (latents() - first).abs().amax((1, 2, 3)) > 0
+    assert changed.tolist() == [False, False, True, False]
     pipe.vae.encoder.conv_in.weight.data += 0.1
-    encode_pairs(pipe, Pairs(folder, SIZE), cache)
+    latents()
     assert len(calls) == 3
-    for file in cache.iterdir():  # cut short
+    for file in cache.glob("*.safetensors"):  # cut short
         file.write_bytes(file.read_bytes()[:100])
-    encode_pairs(pipe, Pairs(folder, SIZE), cache)
+    (cache / "contents.json").write_text("{")
+    latents()
     assert len(calls) == 4
+
+
+def test_cache_tells_its_size_and_refuses_to_fill_the_disk(pipe, pairs_dir, tmp_path, monkeypatch):
+    console = Console(file=io.StringIO(), width=200)
+    encode_pairs(pipe, Pairs(pairs_dir, SIZE), tmp_path / "cache", console=console)
+    told = console.file.getvalue()
+    assert "encoding into" in told and "GB free" in told and "12 pictures, 2 captions" in told
+    encode_pairs(pipe, Pairs(pairs_dir, SIZE), tmp_path / "cache", console=console)
+    assert console.file.getvalue() == told  # nothing to encode, nothing to tell
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(encode.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(PowersteerError, match="give another cache_dir, or cache_latents=false"):
+        encode_pairs(pipe, Pairs(pairs_dir, SIZE), tmp_path / "other")
+
+
+def test_half_precision_halves_the_cache(pipe, pairs_dir, tmp_path):
+    whole = encode_pairs(pipe, Pairs(pairs_dir, SIZE), tmp_path / "whole")
+    half = encode_pairs(pipe, Pairs(pairs_dir, SIZE), tmp_path / "half", dtype=torch.float16)
+    torch.testing.assert_close(half[3, 0].image, whole[3, 0].image, atol=1e-3, rtol=1e-3)
+    assert half[3, 0].image.dtype == torch.float32
+    sizes = [sum(f.stat().st_size for f in (tmp_path / name).glob("text*")) for name in ("whole", "half")]
+    assert 1.7 < sizes[0] / sizes[1] < 2.1
+
+
+def test_two_processes_share_one_cache(base_dir, tmp_path):
+    folder = draw_pairs(tmp_path / "pairs", 40)
+    code = (
+        "import sys, torch; from pathlib import Path; from powersteer.base import load_base; "
+        "from powersteer.data import encode; from powersteer.data.pairs import Pairs; encode.SHARD = 5; "
+        "torch.set_num_threads(1); pipe = load_base(sys.argv[1]); calls = []; "
+        "pipe.vae.encoder.register_forward_hook(lambda *_: calls.append(1)); "
+        "encoded = encode.encode_pairs(pipe, Pairs(Path(sys.argv[2]), (32, 32)), Path(sys.argv[3])); "
+        "print(len(calls), float(sum(encoded[i, 0].image.sum() for i in range(40))))"
+    )
+    command = [sys.executable, "-c", code, base_dir, folder, tmp_path / "cache"]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate(timeout=120)[0].split() for process in running]
+    assert sum(int(calls) for calls, _ in told) == 8  # each file of the cache was made once
+    assert told[0][1] == told[1][1]
+
+
+def test_buckets_have_the_area_and_both_orientations():
+    sizes = bucket_sizes((512, 512), 64)
+    assert (512, 512) in sizes and (384, 640) in sizes and (640, 384) in sizes
+    assert all(h % 64 == w % 64 == 0 and h * w <= 512 * 512 and 0.5 <= w / h <= 2 for h, w in sizes)
+    assert nearest(sizes, 1920, 1080) == (384, 640)
+    assert nearest(sizes, 1000, 1000) == (512, 512)
+
+
+def test_sizes_are_read_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    file = tmp_path / "turned.jpg"
+    assert Contents().size(Picture(str(file), "image", file.read_bytes, file)) == (20, 40)
+    with pytest.raises(PowersteerError, match=r"\(column image\) is not a readable picture"):
+        Contents().size(Picture("x", "image", lambda: b"none"))
+
+
+def test_sdxl_is_told_the_size(pipe):
+    states = {"encoder_hidden_states": torch.zeros(2, 7, 24), "text_embeds": torch.zeros(2, 16)}
+    inputs = unet_inputs(states, (32, 48))
+    assert inputs["added_cond_kwargs"]["time_ids"].tolist() == [[32, 48, 0, 0, 32, 48]] * 2
+    assert unet_inputs({"encoder_hidden_states": states["encoder_hidden_states"]}, (32, 48)).keys() == {
+        "encoder_hidden_states"
+    }

@@ -170,6 +170,24 @@ def test_teacher_embeddings_ignore_the_padding(teacher):
     assert teacher_words() == ["fox", "house", "tree", "icon", "water"]
 
 
+def test_the_tokenizer_is_the_same_each_time_and_kept(icons_dir, teacher, tmp_path):
+    build_icons(data_config(), icons_dir)
+    icons, config = load_icons(icons_dir), text.TokenizerConfig(vocab_size=700)
+    first, other = (text.train_tokenizer(config, icons, tmp_path / name) for name in ("first", "other"))
+    assert first.get_vocab() == other.get_vocab()
+    ends = [
+        token
+        for token in sorted(first.get_vocab(), key=first.get_vocab().get)
+        if len(token) == 5 and token.endswith("</w>")
+    ]
+    assert ends == sorted(ends) and len(ends) > 5
+    assert first("a fox").input_ids[1:-1] == [first.get_vocab()["a</w>"], *first("fox").input_ids[1:-1]]
+    before = (tmp_path / "first" / "tokenizer.json").stat().st_mtime_ns
+    text.train_tokenizer(config, icons, tmp_path / "first")
+    assert (tmp_path / "first" / "tokenizer.json").stat().st_mtime_ns == before
+    assert len(text.train_tokenizer(text.TokenizerConfig(vocab_size=650), icons, tmp_path / "first")) <= 650
+
+
 @pytest.mark.slow
 def test_all_stages_make_a_base_that_loads_and_can_go_on(icons_dir, teacher, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)

@@ -27,6 +27,12 @@ def embedded(name: str) -> Path:
     return Path(str(files("powersteer"))) / "assets" / name
 
 
+def source_of(name_or_path: str) -> str:
+    """Where a base lies: the embedded folder, a folder, or a name on the Hub."""
+    path = embedded(name_or_path) if name_or_path == EMBEDDED_BASE else Path(name_or_path)
+    return str(path) if path.exists() else name_or_path
+
+
 def load_base(name_or_path: str = EMBEDDED_BASE, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     """A frozen text-to-image pipeline in evaluation mode.
 
@@ -37,8 +43,7 @@ def load_base(name_or_path: str = EMBEDDED_BASE, dtype: torch.dtype = torch.floa
     Raises:
         PowersteerError: There is no such base, or it is incomplete.
     """
-    path = embedded(name_or_path) if name_or_path == EMBEDDED_BASE else Path(name_or_path)
-    source = str(path) if path.exists() else name_or_path
+    source = source_of(name_or_path)
     try:
         with _no_progress_bars():
             pipe: Any = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)

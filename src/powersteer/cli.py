@@ -6,7 +6,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from powersteer.errors import PowersteerError
+
+if TYPE_CHECKING:
+    import torch
+
+    from powersteer.bench.shapes import Shape
+    from powersteer.training.config import TrainConfig
 
 app = typer.Typer(
     help="Steer a frozen text-to-image diffusion model with a picture of yours (Bayesian Power Steering).",
@@ -97,17 +103,61 @@ def generate(
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file; see configs/sketch.yaml.", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like.")] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained and the memory it takes; load nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result, or the dry run, as JSON.")] = False,
 ) -> None:
-    """Train a steering network on pairs; the same command goes on with an interrupted run."""
+    """Train a steering network on pairs; the same command goes on with an interrupted run.
+
+    On several GPUs or machines: accelerate launch --config_file configs/accelerate/….yaml -m powersteer.train
+    CONFIG [key=value …]. --dry-run prints every key.
+    """
     from powersteer.config import load_config
     from powersteer.training.config import TrainConfig
-    from powersteer.training.loop import train as run
 
-    result = run(load_config(config, TrainConfig, overrides or []))
+    settings = load_config(config, TrainConfig, overrides or [])
+    if dry:
+        _dry_run(settings, as_json)
+        return
+    from powersteer.training.run import train as run
+
+    result = run(settings)
+    if not result.main_process:
+        return
+    if as_json:
+        out.print_json(json.dumps(result.as_json()))
     if result.interrupted:
         out.print(f"stopped at step {result.step}; the same command goes on from there")
         raise typer.Exit(130)
     out.print(f"{result.adapter_dir}: best weights are of step {result.best_step} of {result.step}", soft_wrap=True)
+
+
+def _dry_run(settings: TrainConfig, as_json: bool) -> None:
+    import os
+
+    from powersteer.training.dry_run import dry_run
+
+    plan = dry_run(settings, int(os.environ.get("WORLD_SIZE", "1")))
+    if as_json:
+        out.print_json(json.dumps(plan.as_json()))
+        return
+    out.print("\n".join(f"{name}: {value}" for name, value in plan.config.items()), highlight=False, soft_wrap=True)
+    table = Table("dry run", "")
+    for name, fact in plan.facts.items():
+        shown = (
+            " × ".join(map(str, fact))
+            if isinstance(fact, list)
+            else f"{fact:,}"
+            if isinstance(fact, int)
+            else str(fact)
+        )
+        table.add_row(name.replace("_", " "), shown)
+    out.print(table)
+    memory = Table("memory of a process, estimated", "GB")
+    for name, size in {**plan.memory.rows, "total": plan.memory.total, "free now": plan.free_memory}.items():
+        memory.add_row(name, f"{size / 1e9:.2f}")
+    out.print(memory)
 
 
 @app.command()
@@ -151,8 +201,10 @@ def convert(
 @app.command()
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("demo"),
-    pairs: Annotated[int | None, typer.Option(min=2, help="Train on so few pairs; all by default.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer updates.")] = None,
+    pairs: Annotated[
+        int | None, typer.Option(min=8, help="Train on so few pairs only, with the preset few-shot.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer updates at most.")] = None,
     pictures: Annotated[int, typer.Option(min=2, help="Held-out drawings to generate for.")] = 120,
     seed: Annotated[int, typer.Option(help="Of the training and the first picture.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
@@ -241,19 +293,9 @@ def bench_steering(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
     """What a denoising step costs under steering, as a ratio to a bare U-Net's, on random weights."""
-    import torch
-
     from powersteer.bench.steering import bench_steering as run
 
-    if shape not in ("tiny", "sd15", "sdxl"):
-        raise PowersteerError(f"--shape must be tiny, sd15 or sdxl, not '{shape}'")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise PowersteerError(f"--dtype must be float32, bfloat16 or float16, not '{dtype}'")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise PowersteerError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    result = run(shape, device=device, dtype=getattr(torch, dtype), rounds=rounds)
+    result = run(_shape(shape), device=_device(device), dtype=_dtype(dtype), rounds=rounds)
     table = Table("one step, guidance batch of 2", "ratio", "seconds", "parameters", "extra peak memory", "plan a step")
     for row in result.rows:
         plan = f"{row.plan_bytes / 1e6:.0f} MB" if row.plan_bytes else ""
@@ -267,11 +309,83 @@ def bench_steering(
         )
     out.print(table)
     out.print(f"{result.shape}, {result.pixels} px, {result.dtype}, median of {result.rounds}; {result.machine}")
-    if json_file is not None:
-        try:
-            json_file.write_text(json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise PowersteerError(f"cannot write {json_file}: {error.strerror}") from None
+    _write_json(json_file, result.as_json())
+
+
+@measure.command("train")
+def bench_train(
+    shape: Annotated[str, typer.Option(help="tiny (64 px), sd15 (512 px) or sdxl (1024 px).")] = "sd15",
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32, bfloat16 or float16.")] = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 1,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="In U-Net and network.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns.")] = 3,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """What a training step costs beside ControlNet's and T2I-Adapter's, on random weights; and what the cache saves."""
+    from powersteer.bench.train import bench_train as run
+
+    result = run(
+        _shape(shape),
+        device=_device(device),
+        precision=_dtype(dtype),
+        batch_size=batch_size,
+        gradient_checkpointing=gradient_checkpointing,
+        rounds=rounds,
+    )
+    table = Table(f"training step, batch {batch_size}", "ratio", "seconds", "trained", "peak memory", "estimated")
+    for row in result.rows:
+        estimate = f"{row.estimated_memory / 1e9:.2f} GB" if row.estimated_memory else ""
+        table.add_row(
+            row.name,
+            f"{row.ratio:.3f}",
+            f"{row.seconds:.3f}",
+            f"{row.parameters / 1e6:.1f} M",
+            f"{row.peak_memory / 1e9:.2f} GB",
+            estimate,
+        )
+    out.print(table)
+    out.print(f"{result.shape}, {result.pixels} px, {result.precision}, median of {result.rounds}; {result.machine}")
+    if result.epochs is not None:
+        epochs = result.epochs
+        out.print(
+            f"an epoch of {epochs.pairs} pairs: {epochs.cached:.2f} s cached, {epochs.uncached:.2f} s not, "
+            f"{epochs.ratio:.2f} times as long"
+        )
+    _write_json(json_file, result.as_json())
+
+
+def _shape(shape: str) -> Shape:
+    if shape not in ("tiny", "sd15", "sdxl"):
+        raise PowersteerError(f"--shape must be tiny, sd15 or sdxl, not '{shape}'")
+    return shape
+
+
+def _dtype(dtype: str) -> torch.dtype:
+    import torch
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise PowersteerError(f"--dtype must be float32, bfloat16 or float16, not '{dtype}'")
+    return getattr(torch, dtype)
+
+
+def _device(device: str) -> str:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise PowersteerError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _write_json(file: Path | None, values: dict[str, Any]) -> None:
+    if file is None:
+        return
+    try:
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise PowersteerError(f"cannot write {file}: {error.strerror}") from None
 
 
 def main() -> None:

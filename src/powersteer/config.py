@@ -104,7 +104,8 @@ def _first_fault(error: ValidationError, kind: type[BaseModel]) -> str:
         nearest = difflib.get_close_matches(str(fault["loc"][-1]), _known_keys(kind, fault["loc"][:-1]), n=1)
         hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
         return f"unknown key '{where}'{hint}"
-    return f"'{where}': {fault['msg']}"
+    said = fault["msg"].removeprefix("Value error, ")
+    return f"'{where}': {said}" if where else said
 
 
 def _known_keys(kind: type[BaseModel], location: Iterable[int | str]) -> list[str]:

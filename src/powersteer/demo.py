@@ -16,7 +16,7 @@ from powersteer.base import load_adapter, load_base
 from powersteer.config import build_config
 from powersteer.data.encode import encode_pairs
 from powersteer.data.openmoji import prepare_openmoji
-from powersteer.data.pairs import Pairs
+from powersteer.data.pairs import Pairs, spread
 from powersteer.errors import PowersteerError
 from powersteer.evaluation.lines import line_f1
 from powersteer.evaluation.report import write_report
@@ -24,7 +24,7 @@ from powersteer.generate import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, steered_pic
 from powersteer.pictures import from_pil, save_grid
 from powersteer.training.config import TrainConfig
 from powersteer.training.heldout import HeldOut
-from powersteer.training.loop import train
+from powersteer.training.run import train
 
 GRID_ROWS = 12
 TRAIN_MINUTES = 6.0
@@ -47,8 +47,8 @@ def run_demo(
 
     Args:
         out_dir: Everything is written here.
-        pairs: Train on so many pairs only (few-shot); all of them by default.
-        steps: Optimizer updates; fitted to the number of pairs by default.
+        pairs: Train on so few pairs only, with the preset ``few-shot``; on all of them by default.
+        steps: Optimizer updates at most.
         pictures: How many held-out drawings to generate for.
         seed: Of the training and of the first picture.
 
@@ -59,20 +59,19 @@ def run_demo(
     started = time.perf_counter()
     data = prepare_openmoji(out_dir / "openmoji")
     run_name = "adapter" if pairs is None else f"adapter-{pairs}"
-    config = build_config(
-        {
-            "train_data_dir": data / "train",
-            "validation_data_dir": data / "validation",
-            "output_dir": out_dir / run_name,
-            "cache_dir": out_dir / "cache",
-            "max_train_samples": pairs,
-            "max_train_steps": steps or (2000 if pairs is None else 600),
-            "max_train_minutes": TRAIN_MINUTES,
-            "validation_steps": 100 if pairs is None else 25,
-            "seed": seed,
-        },
-        TrainConfig,
-    )
+    settings: dict[str, Any] = {
+        "train_data_dir": str(data / "train"),
+        "output_dir": out_dir / run_name,
+        "cache_dir": out_dir / "cache",
+        "max_train_minutes": TRAIN_MINUTES,
+        "seed": seed,
+    }
+    if pairs is None:
+        settings |= {"validation_data_dir": data / "validation", "max_train_steps": steps or 2000}
+    else:
+        settings |= {"preset": "few-shot", "max_train_samples": pairs}
+        settings |= {"max_train_steps": steps} if steps else {}
+    config = build_config(settings, TrainConfig)
     trained = train(config)
     if trained.interrupted:
         return DemoResult(out_dir, {}, interrupted=True)
@@ -122,7 +121,7 @@ def run_demo(
         "minutes": round((time.perf_counter() - started) / 60, 2),
     }
     try:
-        rows = spread(chosen, GRID_ROWS)
+        rows = spread(len(chosen), GRID_ROWS)
         shown = torch.stack(
             [
                 picture
@@ -151,7 +150,7 @@ def run_demo(
                         "the artist's picture": artist[i],
                     },
                 }
-                for i in spread(chosen, 24)
+                for i in spread(len(chosen), 24)
             ],
             [json.loads(line) for line in (config.output_dir / "log.jsonl").read_text().splitlines()],
         )
@@ -162,13 +161,8 @@ def run_demo(
 
 def one_of_each_concept(test: Pairs, limit: int) -> list[int]:
     """The first pair of each concept, at most ``limit``, spread evenly: not twenty skin tones of one emoji."""
+    assert test.folder is not None
     metadata = (test.folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     first = {json.loads(line)["concept"]: i for i, line in reversed(list(enumerate(metadata)))}
     indices = sorted(first.values())
-    return [indices[i] for i in spread(indices, limit)]
-
-
-def spread(items: list[int], count: int) -> list[int]:
-    """At most ``count`` positions in ``items``, evenly spread."""
-    count = min(count, len(items))
-    return [i * len(items) // count for i in range(count)]
+    return [indices[i] for i in spread(len(indices), limit)]

@@ -93,7 +93,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.to_qkv(self.norm(x)).flatten(2)  # (B, 3·C, H·W), channels ordered head, q|k|v, width
-        q, k, v = qkv.unflatten(1, (self.heads, 3, -1)).transpose(-1, -2).unbind(2)  # 3 × (B, heads, H·W, C/heads)
+        qkv = qkv.unflatten(1, (self.heads, 3, -1)).transpose(-1, -2)  # (B, heads, 3, H·W, C/heads)
+        q, k, v = qkv.contiguous().unbind(2)  # flash attention wants the width last
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.to_out(h.transpose(-1, -2).reshape(x.shape))
 
@@ -122,7 +123,7 @@ class BPSModel(ModelMixin, ConfigMixin):
         base: What the network steers; see `powersteer.fingerprint`.
     """
 
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
     config_name = "config.json"
 
     @register_to_config
@@ -147,6 +148,7 @@ class BPSModel(ModelMixin, ConfigMixin):
         base: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = False  # `powersteer.steering` heeds it
         hidden = hidden_channels or block_out_channels
         levels = list(zip(block_out_channels, hidden, up_channels or hidden, layers_per_block, strict=True))
         groups = norm_num_groups

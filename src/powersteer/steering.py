@@ -15,6 +15,7 @@ import torch._dynamo.config
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from powersteer.conditions import to_condition
 from powersteer.errors import PowersteerError
@@ -193,7 +194,10 @@ class _Source:
 
     def evaluate(self, condition: torch.Tensor, time_embedding: torch.Tensor) -> Residuals:
         """Run the network."""
-        steering = self.model(condition, time_embedding.to(condition))
+        if self.model.gradient_checkpointing and torch.is_grad_enabled():
+            steering = checkpoint(self.model, condition, time_embedding.to(condition), use_reentrant=False)
+        else:
+            steering = self.model(condition, time_embedding.to(condition))
         return [*steering.down, steering.mid, *steering.up]
 
 

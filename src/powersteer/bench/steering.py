@@ -2,51 +2,36 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import diffusers
 import torch
 from diffusers import (
-    ControlNetModel,
     ControlNetXSAdapter,
-    T2IAdapter,
     UNet2DConditionModel,
     UNetControlNetXSModel,
 )
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from powersteer.base import load_base
+from powersteer.bench.shapes import (
+    Shape,
+    conditioning_widths,
+    machine,
+    make_controlnet,
+    make_t2i_adapter,
+    make_unet,
+    wait,
+)
+from powersteer.memory import TensorBytes
 from powersteer.model import BPSModel
 from powersteer.plan import SteeringPlan
 from powersteer.steering import steer
 
-Shape = Literal["tiny", "sd15", "sdxl"]
 Step = Callable[[], Any]
 TIMESTEP = 501
-
-_SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
-_SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 @dataclass(frozen=True)
@@ -98,7 +83,7 @@ def bench_steering(
         rounds: Turns counted, after one that is not.
     """
     torch.manual_seed(0)
-    unet, factor = _unet(shape)
+    unet, factor = make_unet(shape)
     nn.Module.to(unet.eval(), device=torch.device(device), dtype=dtype)
     side = unet.config["sample_size"]
     sample = torch.randn(2, 4, side, side, device=device, dtype=dtype)
@@ -113,7 +98,7 @@ def bench_steering(
         for way, seconds in zip(ways, times, strict=True):
             since = time.perf_counter()
             way.step()
-            _wait(device)
+            wait(device)
             if round_ > 0:
                 seconds.append(time.perf_counter() - since)
     peaks = [_peak(way, unet, device) for way in ways]
@@ -128,9 +113,7 @@ def bench_steering(
         )
         for way, seconds, peak in zip(ways, times, peaks, strict=True)
     ]
-    return SteeringBench(
-        shape, side * factor, device, str(dtype).removeprefix("torch."), rounds, _machine(device), rows
-    )
+    return SteeringBench(shape, side * factor, device, str(dtype).removeprefix("torch."), rounds, machine(device), rows)
 
 
 @dataclass(frozen=True)
@@ -141,16 +124,6 @@ class _Way:
     parameters: int = 0
     weight_bytes: int = 0
     plan: SteeringPlan | None = None
-
-
-def _unet(shape: Shape) -> tuple[UNet2DConditionModel, int]:
-    """The U-Net and the VAE's scale factor."""
-    if shape != "tiny":
-        return UNet2DConditionModel(**(_SDXL if shape == "sdxl" else _SD15)), 8
-    pipe = load_base()
-    # Without the text in its time embedding, which ControlNet-XS knows for SDXL only.
-    config: dict[str, Any] = {**pipe.unet.config, "addition_embed_type": None}
-    return UNet2DConditionModel(**{k: v for k, v in config.items() if not k.startswith("_")}), pipe.vae_scale_factor
 
 
 def _ways(
@@ -188,8 +161,7 @@ def _ways(
         plan = SteeringPlan()
         yield _Way(f"BPS {preset}, warm plan", lambda s=steered, p=plan: s(sketch, p), plan=plan, **count(model))
 
-    conditioning: Any = (16, 32, 96, 256) if factor == 8 else (16, 32, 96)
-    controlnet = ready(ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=conditioning))
+    controlnet = ready(make_controlnet(unet, factor))
 
     def with_controlnet() -> Any:
         down, mid = controlnet(sample, TIMESTEP, controlnet_cond=picture, **inputs, return_dict=False)
@@ -197,6 +169,7 @@ def _ways(
 
     yield _Way("ControlNet", with_controlnet, **count(controlnet))
 
+    conditioning: Any = conditioning_widths(factor)
     adapter = ControlNetXSAdapter.from_unet(
         unet, size_ratio=0.1 if shape != "tiny" else 0.25, conditioning_embedding_out_channels=conditioning
     )
@@ -204,11 +177,7 @@ def _ways(
     counted: dict[str, Any] = {**count(adapter), "modules": (fused,)}
     yield _Way("ControlNet-XS", lambda: fused(sample, TIMESTEP, controlnet_cond=picture, **inputs), **counted)
 
-    # Of a first block without attention the U-Net takes the feature after its downsampler: the XL kind.
-    plain_head = unet.config["down_block_types"][0] == "DownBlock2D"
-    channels = list(unet.config["block_out_channels"]) + [1280] * (shape == "sdxl")
-    kind = "full_adapter_xl" if plain_head else "full_adapter"
-    t2i = ready(T2IAdapter(1, channels, downscale_factor=(1 + plain_head) * factor, adapter_type=kind))
+    t2i = ready(make_t2i_adapter(unet, factor, shape))
     features = [feature.repeat(2, 1, 1, 1) for feature in t2i(sketch.to(dtype))]
     yield _Way(
         "T2I-Adapter, once a picture",
@@ -232,55 +201,6 @@ def _peak(way: _Way, unet: nn.Module, device: str) -> int:
         before = torch.cuda.memory_allocated()
         way.step()
         return torch.cuda.max_memory_allocated() - before
-    with _TensorBytes([p for module in (unet, *way.modules) for p in module.parameters()]) as tracked:
+    with TensorBytes([p for module in (unet, *way.modules) for p in module.parameters()]) as tracked:
         way.step()
     return tracked.peak
-
-
-class _TensorBytes(TorchDispatchMode):
-    """Counts the bytes of live tensor storages: a CPU allocator keeps no such statistics."""
-
-    def __init__(self, known: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {tensor.untyped_storage().data_ptr(): 0 for tensor in known}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._watch(tensor.untyped_storage())
-        return result
-
-    def _watch(self, storage: torch.UntypedStorage) -> None:
-        address = storage.data_ptr()
-        if address in self.live:
-            return
-        self.live[address] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, address)
-
-    def _forget(self, address: int) -> None:
-        self.now -= self.live.pop(address, 0)
-
-
-def _wait(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _machine(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        chip = torch.cuda.get_device_name()
-    else:
-        chip = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    return f"{chip}; Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
-
-
-def _cpu_name() -> str:
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

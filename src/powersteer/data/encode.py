@@ -1,94 +1,365 @@
-"""Latents and text states of a folder of pairs, encoded once and cached."""
+"""Pairs as the base sees them: latents, conditions, text states; encoded once into a cache, or when asked for."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
-from rich.progress import track
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
 
+from powersteer.data.contents import Contents
+from powersteer.data.order import Share, batches
 from powersteer.data.pairs import Pairs
+from powersteer.errors import PowersteerError
+
+SHARD = 256
+"""Pairs, or captions, in one file of the cache."""
+ENCODE_BATCH = 16
+"""Pictures that the VAE encodes at once."""
+
+T = TypeVar("T")
+TextStates = dict[str, torch.Tensor]
+"""``encoder_hidden_states`` (N, T, D), and for SDXL ``text_embeds`` (N, D')."""
 
 
 @dataclass(frozen=True)
-class EncodedPairs:
-    """A data set as the training loop sees it."""
+class Sample:
+    """One version of one pair."""
 
-    latents: torch.Tensor
-    """Scaled latents (N, C, h, w)."""
-    conditions: torch.Tensor
-    """Condition images (N, C, H, W), uint8: 255 stands for 1."""
-    text_states: torch.Tensor
-    """Text states (M, T, D), one for each distinct caption; row 0 is the empty prompt."""
-    text_rows: torch.Tensor
-    """Row (N,) in ``text_states`` of each pair's caption."""
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def condition(self, rows: torch.Tensor) -> torch.Tensor:
-        """Conditions (n, C, H, W) in [0, 1]."""
-        return self.conditions[rows].float() / 255
+    name: str
+    image: torch.Tensor
+    """Latents (C, h, w), float32; or the picture (3, H, W) in [-1, 1] where nothing is cached."""
+    condition: torch.Tensor
+    """(C, H, W), uint8: 255 stands for 1."""
+    texts: tuple[str, ...]
+    generated_text: str | None
 
 
-@torch.no_grad()
-def encode_pairs(pipe: StableDiffusionPipeline, pairs: Pairs, cache_dir: Path | None = None) -> EncodedPairs:
-    """Encode every pair, or read them from the cache.
+class Encoder:
+    """The base's VAE and text encoders.
 
     Args:
-        pipe: The base: its VAE and text encoder are used, and its weights are part of the cache's key.
-        pairs: The pairs.
-        cache_dir: Where to keep the result; nothing is kept without one.
+        pipe: The base, a Stable Diffusion pipeline (1.x, 2.x or XL).
     """
-    path = cache_dir / f"{_fingerprint(pipe, pairs)}.safetensors" if cache_dir else None
-    if path is not None and path.exists():
-        try:
-            return EncodedPairs(**load_file(path))
-        except (SafetensorError, TypeError):
-            path.unlink()  # cut short while it was written: encode again
-    latents: list[torch.Tensor] = []
-    conditions: list[torch.Tensor] = []
-    device, dtype = pipe.vae.device, pipe.vae.dtype
-    for start in track(range(0, len(pairs), 32), "encoding pairs", transient=True):
-        part = [pairs[i] for i in range(start, min(start + 32, len(pairs)))]
-        images = torch.stack([image for image, _ in part])
-        conditions += [condition for _, condition in part]
-        latents.append(pipe.vae.encode(images.to(device, dtype)).latent_dist.mode().float().cpu())
-    distinct = ["", *sorted(set(pairs.texts) - {""})]
-    row_of = {text: row for row, text in enumerate(distinct)}
-    states = [encode_prompts(pipe, distinct[i : i + 256]) for i in range(0, len(distinct), 256)]
-    encoded = EncodedPairs(
-        latents=(torch.cat(latents) * pipe.vae.config.scaling_factor).contiguous(),
-        conditions=torch.stack(conditions),
-        text_states=torch.cat(states).contiguous(),
-        text_rows=torch.tensor([row_of[text] for text in pairs.texts]),
-    )
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(vars(encoded), partial)
-        partial.replace(path)
-    return encoded
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.text_encoders = [e for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if e is not None]
+
+    @torch.no_grad()
+    def latents(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures (N, 3, H, W) in [-1, 1] → scaled latents (N, C, h, w), float32 on the CPU: the posterior's mode."""
+        vae = self.pipe.vae
+        mode = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
+        return mode.float().cpu() * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> TextStates:
+        """Text states, as the pipeline itself makes them; float32 on the CPU."""
+        given = list(prompts)
+        if len(self.text_encoders) > 1:
+            states, _, pooled, _ = self.pipe.encode_prompt(given, do_classifier_free_guidance=False)
+            return {"encoder_hidden_states": states.float().cpu(), "text_embeds": pooled.float().cpu()}
+        states, _ = self.pipe.encode_prompt(given, self.pipe.text_encoder.device, 1, False)
+        return {"encoder_hidden_states": states.float().cpu()}
 
 
-@torch.no_grad()
-def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str]) -> torch.Tensor:
-    """Text states (N, T, D), as the pipeline itself makes them."""
-    states, _ = pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)
-    return states.float().cpu()
+class EncodedPairs(Dataset[Sample]):
+    """Pairs ready for training.
+
+    Args:
+        pairs: The pairs.
+        encoder: The base's encoders, used where nothing is cached.
+        shards: The cached file and the row in it of each sample, by (index, view); None without a cache.
+        captions: The cached file and row of each caption.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        encoder: Encoder,
+        shards: dict[tuple[int, int], tuple[Path, int]] | None = None,
+        captions: dict[str, tuple[Path, int]] | None = None,
+    ) -> None:
+        self.pairs, self.encoder = pairs, encoder
+        self._shards, self._captions = shards, captions
+        self._open: dict[Path, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """One sample, by (index, view)."""
+        row = self.pairs.rows[key[0]]
+        if self._shards is None:
+            image, condition = self.pairs.view(*key)
+        else:
+            image, condition = self._cached(*self._shards[key])
+        return Sample(row.where, image, condition, row.texts, row.generated_text)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}, "encoder": None}  # neither open files nor the base travel to a worker
+
+    @property
+    def probe(self) -> EncodedPairs:
+        """Pairs to be watched on fixed noise: any of these."""
+        return self
+
+    def micro_batches(self, share: Share, seed: int, first: int, workers: int) -> Iterator[list[Sample]]:
+        """This process's samples of each accumulation step, from update ``first`` on, without end.
+
+        Args:
+            share: How updates are divided.
+            seed: Of the order.
+            first: The update to begin with.
+            workers: Processes that read ahead; 0 reads in this one.
+        """
+        order = islice(batches(self.pairs.sizes, len(self.pairs.views), share.batch_size, seed), first, None)
+        places = [share.places(step) for step in range(share.accumulation)]
+        mine: Any = ([keys[place] for place in part] for keys in order for part in places)
+        return one_line_errors(DataLoader(self, batch_sampler=mine, num_workers=workers, collate_fn=list))
+
+    @property
+    def cached(self) -> bool:
+        """Whether samples hold latents."""
+        return self._shards is not None
+
+    def latents(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """(N, C, h, w), of samples of one size."""
+        images = torch.stack([sample.image for sample in samples])
+        return images if self.cached else self.encoder.latents(images)
+
+    def texts(self, prompts: Sequence[str]) -> TextStates:
+        """Text states of prompts; those that were known beforehand come from the cache."""
+        if self._captions is None or any(prompt not in self._captions for prompt in prompts):
+            return self.encoder.texts(prompts)
+        rows = [self._row(*self._captions[prompt]) for prompt in prompts]
+        return {name: torch.stack([row[name] for row in rows]).float() for name in rows[0]}
+
+    def _cached(self, file: Path, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shard = self._file(file)
+        latents = shard.get_slice("latents")[row].float()
+        start, end = shard.get_slice("offsets")[row : row + 2].tolist()
+        packed = shard.get_slice("conditions")[start:end].numpy()
+        height, width, channels = shard.get_slice("shape")[:].tolist()
+        pixels = np.frombuffer(zlib.decompress(packed), dtype=np.uint8).reshape(channels, height, width)
+        return latents, torch.from_numpy(pixels.copy())
+
+    def _row(self, file: Path, row: int) -> dict[str, torch.Tensor]:
+        shard = self._file(file)
+        return {name: shard.get_slice(name)[row] for name in shard.keys()}  # noqa: SIM118
+
+    def _file(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = safe_open(file, "pt")
+        return self._open[file]
 
 
-def _fingerprint(pipe: StableDiffusionPipeline, pairs: Pairs) -> str:
-    """A key of what the result depends on: the pairs, their bytes, and both encoders' weights."""
-    digest = hashlib.sha256(repr((pairs.size, pairs.channels, pairs.resampling)).encode())
-    for module in (pipe.vae, pipe.text_encoder):
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    for row, text in zip(pairs.rows, pairs.texts, strict=True):
-        digest.update(text.encode() + row.image.content() + row.conditioning_image.content())
+def one_line_errors(loader: Iterable[list[Sample]]) -> Iterator[list[Sample]]:
+    """What a loader yields; a worker's error without the worker's stack trace."""
+    try:
+        yield from loader
+    except PowersteerError as error:
+        raise PowersteerError(str(error).rstrip().rpartition("PowersteerError: ")[2]) from None
+
+
+def conditions_of(samples: Sequence[Sample]) -> torch.Tensor:
+    """Conditions (N, C, H, W) in [0, 1]."""
+    return torch.stack([sample.condition for sample in samples]).float() / 255
+
+
+def unet_inputs(states: TextStates, size: tuple[int, int]) -> dict[str, Any]:
+    """The U-Net's text arguments; SDXL is told the picture's size (pixels, (height, width)), uncropped."""
+    if "text_embeds" not in states:
+        return dict(states)
+    ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(len(states["text_embeds"]), 1)
+    added = {"text_embeds": states["text_embeds"], "time_ids": ids.to(states["text_embeds"].device)}
+    return {"encoder_hidden_states": states["encoder_hidden_states"], "added_cond_kwargs": added}
+
+
+def encode_pairs(
+    pipe: Any,
+    pairs: Pairs,
+    cache_dir: Path | None = None,
+    *,
+    prompts: Iterable[str] = (),
+    dtype: torch.dtype = torch.float32,
+    console: Console | None = None,
+) -> EncodedPairs:
+    """Encode every pair, or find it in the cache; without a cache, pairs are encoded whenever they are asked for.
+
+    A file of the cache is named after what it depends on: the pictures' bytes, size and views, or the captions; the
+    weights that encoded them; the precision. Several processes share one cache, each encodes what no other is at.
+
+    Args:
+        pipe: The base.
+        pairs: The pairs.
+        cache_dir: The cache.
+        prompts: Captions to encode beside the pairs' own.
+        dtype: Of the cached latents and text states.
+        console: Where the cache's size is told, before and after.
+
+    Raises:
+        PowersteerError: A picture cannot be read, or the cache cannot be written or would not fit on its disk.
+    """
+    encoder = Encoder(pipe)
+    if cache_dir is None:
+        return EncodedPairs(pairs, encoder)
+    try:
+        return _encode(encoder, pairs, cache_dir, prompts, dtype, console or Console(quiet=True))
+    except OSError as error:
+        raise PowersteerError(f"cannot write the cache {cache_dir}: {error.strerror}") from None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One file of the cache."""
+
+    file: Path
+    work: int
+    """Pictures or captions to encode."""
+    nbytes: int
+    """About."""
+    make: Callable[[], dict[str, torch.Tensor]]
+
+
+def _encode(
+    encoder: Encoder, pairs: Pairs, cache_dir: Path, prompts: Iterable[str], dtype: torch.dtype, console: Console
+) -> EncodedPairs:
+    (cache_dir / "locks").mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_dir / "locks" / "contents"):
+        contents = Contents(cache_dir / "contents.json")
+        digests = [contents.digest(row.image) + contents.digest(row.conditioning_image) for row in pairs.rows]
+        contents.save()
+    vae, latent_channels = encoder.pipe.vae, encoder.pipe.vae.config.latent_channels
+    factor = encoder.pipe.vae_scale_factor
+    jobs: list[_Job] = []
+    shards: dict[tuple[int, int], tuple[Path, int]] = {}
+    vae_digest, transform = _digest_of(vae), (pairs.transform.mode, pairs.transform.resampling, pairs.views)
+    by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, size in enumerate(pairs.sizes):
+        by_size[size].append(i)
+    for size, indices in by_size.items():
+        for part in _chunks(indices, SHARD):
+            places = part if len(pairs.views) > 2 else []  # crops depend on the place
+            key = _key(vae_digest, dtype, size, transform, places, [digests[i] for i in part])
+            file = cache_dir / f"latents-{key}.safetensors"
+            samples = [(i, view) for i in part for view in range(len(pairs.views))]
+            shards |= {sample: (file, row) for row, sample in enumerate(samples)}
+            pixels = size[0] * size[1]
+            nbytes = latent_channels * pixels // factor**2 * dtype.itemsize + pixels // 4  # conditions are compressed
+            jobs.append(_Job(file, len(samples), nbytes * len(samples), _latents(encoder, pairs, samples, dtype)))
+    captions: dict[str, tuple[Path, int]] = {}
+    text_digest = "".join(_digest_of(text_encoder) for text_encoder in encoder.text_encoders)
+    own = {text for row in pairs.rows for text in (*row.texts, row.generated_text) if text is not None}
+    length = encoder.pipe.tokenizer.model_max_length * encoder.pipe.unet.config.cross_attention_dim
+    for part in _chunks(sorted({"", *own, *prompts}), SHARD):
+        file = cache_dir / f"text-{_key(text_digest, dtype, part)}.safetensors"
+        captions |= {text: (file, row) for row, text in enumerate(part)}
+        jobs.append(_Job(file, len(part), len(part) * length * dtype.itemsize, _texts(encoder, part, dtype)))
+
+    missing = [job for job in jobs if not _whole(job.file)]
+    if missing:
+        needed, free = sum(job.nbytes for job in missing), shutil.disk_usage(cache_dir).free
+        about = f"about {needed / 1e6:.0f} MB, {free / 1e9:.1f} GB free"
+        console.print(f"encoding into {cache_dir}: {about}", soft_wrap=True, highlight=False)
+        if needed > free:
+            raise PowersteerError(
+                f"the cache {cache_dir} needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: give another "
+                "cache_dir, or cache_latents=false"
+            )
+        _work_off(missing, cache_dir, console)
+        size = sum(job.file.stat().st_size for job in jobs)
+        holds = f"{len(shards):,} pictures, {len(captions):,} captions"
+        console.print(f"the cache has {size / 1e6:.0f} MB: {holds}", highlight=False)
+    return EncodedPairs(pairs, encoder, shards, captions)
+
+
+def _work_off(jobs: list[_Job], cache_dir: Path, console: Console) -> None:
+    """Make every file that is missing; what another process is at is waited for last."""
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*bar, console=console, transient=True) as progress:
+        task = progress.add_task("encoding", total=sum(job.work for job in jobs))
+        for timeout in (0, -1):
+            for job in jobs:
+                try:
+                    with FileLock(cache_dir / "locks" / job.file.stem, timeout=timeout):
+                        if not _whole(job.file):
+                            partial = job.file.with_suffix(".partial")
+                            save_file(job.make(), partial)
+                            partial.replace(job.file)
+                            progress.advance(task, job.work)
+                except Timeout:
+                    continue
+                except SafetensorError as error:
+                    raise PowersteerError(f"cannot write the cache {job.file}: {error}") from None
+
+
+def _latents(
+    encoder: Encoder, pairs: Pairs, samples: list[tuple[int, int]], dtype: torch.dtype
+) -> Callable[[], dict[str, torch.Tensor]]:
+    def make() -> dict[str, torch.Tensor]:
+        latents: list[torch.Tensor] = []
+        packed: list[bytes] = []
+        channels, (height, width) = 1, pairs.sizes[samples[0][0]]
+        for part in _chunks(samples, ENCODE_BATCH):
+            views = [pairs.view(*sample) for sample in part]
+            latents.append(encoder.latents(torch.stack([image for image, _ in views])).to(dtype))
+            packed += [zlib.compress(condition.numpy().tobytes(), 1) for _, condition in views]
+            channels = len(views[0][1])
+        offsets = np.cumsum([0, *(len(content) for content in packed)])
+        return {
+            "latents": torch.cat(latents).contiguous(),
+            "conditions": torch.from_numpy(np.frombuffer(b"".join(packed), dtype=np.uint8).copy()),
+            "offsets": torch.from_numpy(offsets.astype(np.int64)),
+            "shape": torch.tensor([height, width, channels]),
+        }
+
+    return make
+
+
+def _texts(encoder: Encoder, texts: Sequence[str], dtype: torch.dtype) -> Callable[[], dict[str, torch.Tensor]]:
+    return lambda: {name: states.to(dtype).contiguous() for name, states in encoder.texts(texts).items()}
+
+
+def _chunks(items: list[T], size: int) -> list[list[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _whole(file: Path) -> bool:
+    """Whether a file of the cache is there and was not cut short; one that was is removed."""
+    if not file.exists():
+        return False
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except SafetensorError:
+        file.unlink(missing_ok=True)
+        return False
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
+
+
+def _digest_of(module: torch.nn.Module) -> str:
+    """Of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:24]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -29,6 +29,7 @@ class Columns:
     image: str = "image"
     conditioning_image: str = "conditioning_image"
     text: str = "text"
+    generated_text: str = "generated_text"
 
 
 class Layout(Protocol):
@@ -76,6 +77,27 @@ def read_rows(folder: Path, columns: Columns | None = None, faults: list[str] | 
     return rows
 
 
+def hub_rows(name: str, config_name: str | None, split: str, columns: Columns) -> list[Row]:
+    """The pairs of a data set on the Hub, or in a folder that `datasets` can load.
+
+    Args:
+        name: ``user/name``.
+        config_name: Its configuration, where it has several.
+        split: Such as ``train``.
+        columns: What it calls its columns.
+
+    Raises:
+        PowersteerError: It cannot be loaded, or a column is missing.
+    """
+    datasets = _datasets(name)
+    try:
+        table: Any = datasets.load_dataset(name, config_name, split=split)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PowersteerError(f"cannot load the data set '{name}' (split {split}): {reason}") from None
+    return [read() for read in _table_rows(table, f"{name}/{split}", columns)]
+
+
 @dataclass(frozen=True)
 class JsonLines:
     """One JSON object a line, that names files of the folder."""
@@ -100,18 +122,18 @@ class JsonLines:
         if condition not in row and columns.conditioning_image in row:
             condition = columns.conditioning_image  # people write it plainly; `datasets` would take it for text
         image, conditioning_image = (_file(where, row, column, folder) for column in (names.image, condition))
-        return Row(where, image, conditioning_image, _text(row, names.text))
+        return Row(where, image, conditioning_image, _texts(row, names.text), _generated(row, names))
 
 
 def _image_folder(columns: Columns) -> Columns:
     """Hugging Face ImageFolder: pictures in columns that end in ``file_name``."""
     image = "file_name" if columns.image == "image" else f"{columns.image}_file_name"
-    return Columns(image, f"{columns.conditioning_image}_file_name", columns.text)
+    return replace(columns, image=image, conditioning_image=f"{columns.conditioning_image}_file_name")
 
 
-def _controlnet(_: Columns) -> Columns:
+def _controlnet(columns: Columns) -> Columns:
     """ControlNet's tutorial: ``source`` is the condition."""
-    return Columns("target", "source", "prompt")
+    return replace(columns, image="target", conditioning_image="source", text="prompt")
 
 
 class Basenames:
@@ -134,9 +156,9 @@ class Basenames:
         caption = image.with_suffix(".txt")
         return Row(
             where,
-            Picture(str(image), "images", image.read_bytes),
-            Picture(str(condition), "conditioning_images", condition.read_bytes),
-            _decode(caption, caption.read_bytes()).strip() if caption.exists() else None,
+            Picture(str(image), "images", image.read_bytes, image),
+            Picture(str(condition), "conditioning_images", condition.read_bytes, condition),
+            (_decode(caption, caption.read_bytes()).strip(),) if caption.exists() else (),
         )
 
 
@@ -155,31 +177,48 @@ class WebDataset:
                     members = [member for member in tar if member.isreg()]
             except (tarfile.TarError, OSError) as error:
                 raise PowersteerError(f"{shard} is not a readable .tar ({error})") from None
-            for key, group in groupby(members, key=lambda member: _key_and_kind(member.name)[0]):
-                parts = {_key_and_kind(member.name)[1]: member for member in group}
-                yield partial(WebDataset._row, shard, key, parts, columns)
+            for key, group in groupby(members, key=lambda member: key_and_kind(member.name)[0]):
+                parts: dict[str, tuple[str, Callable[[], bytes]]] = {
+                    key_and_kind(m.name)[1]: (m.name, partial(_slice, shard, m.offset_data, m.size)) for m in group
+                }
+                yield partial(shard_row, str(shard), key, parts, columns, shard)
 
-    @staticmethod
-    def _row(shard: Path, key: str, parts: dict[str, tarfile.TarInfo], columns: Columns) -> Row:
-        where = f"{shard.name}[{key}]"
 
-        def bytes_of(member: tarfile.TarInfo) -> partial[bytes]:
-            return partial(_slice, shard, member.offset_data, member.size)
+def shard_row(
+    shard: str,
+    key: str,
+    parts: dict[str, tuple[str, Callable[[], bytes]]],
+    columns: Columns,
+    file: Path | None = None,
+) -> Row:
+    """One pair of a shard.
 
-        def picture(column: str, plain: bool) -> Picture:
-            kinds = [column + suffix for suffix in PICTURE_SUFFIXES]
-            kinds += [suffix[1:] for suffix in PICTURE_SUFFIXES] if plain else []
-            member = next((parts[kind] for kind in kinds if kind in parts), None)
-            if member is None:
-                raise PowersteerError(f"{where}: no member {key}.{column}.png (column {column})")
-            return Picture(f"{shard}:{member.name}", column, bytes_of(member))
+    Args:
+        shard: Its name.
+        key: What the members' names share.
+        parts: The members' names and contents, by what follows the key.
+        columns: What the members are called.
+        file: The shard, where it is a file of this machine.
 
-        text = None
-        if "txt" in parts:
-            text = _decode(where, bytes_of(parts["txt"])()).strip()
-        elif "json" in parts:
-            text = _text(_object(where, bytes_of(parts["json"])()), columns.text)
-        return Row(where, picture(columns.image, True), picture(columns.conditioning_image, False), text)
+    Raises:
+        PowersteerError: A picture is missing, or the caption cannot be read.
+    """
+    where = f"{shard.rpartition('/')[2]}[{key}]"
+
+    def picture(column: str, plain: bool) -> Picture:
+        kinds = [column + suffix for suffix in PICTURE_SUFFIXES]
+        kinds += [suffix[1:] for suffix in PICTURE_SUFFIXES] if plain else []
+        found = next((parts[kind] for kind in kinds if kind in parts), None)
+        if found is None:
+            raise PowersteerError(f"{where}: no member {key}.{column}.png (column {column})")
+        return Picture(f"{shard}:{found[0]}", column, found[1], file)
+
+    record = _object(where, parts["json"][1]()) if "json" in parts else {}
+    texts = _texts(record, columns.text)
+    if "txt" in parts:
+        texts = (_decode(where, parts["txt"][1]()).strip(),)
+    image, condition = picture(columns.image, True), picture(columns.conditioning_image, False)
+    return Row(where, image, condition, texts, _generated(record, columns))
 
 
 class SavedDataset:
@@ -190,30 +229,12 @@ class SavedDataset:
         return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
 
     def rows(self, folder: Path, columns: Columns) -> Iterator[ReadRow]:
-        """One an example; pictures stay encoded until they are asked for."""
-        try:
-            import datasets
-        except ImportError:
-            raise PowersteerError(f"{folder} needs the datasets library: pip install 'powersteer[datasets]'") from None
+        """One an example."""
+        datasets = _datasets(str(folder))
         if (folder / "dataset_dict.json").exists():
             splits = ", ".join(json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
             raise PowersteerError(f"{folder} holds several splits ({splits}): give the folder of one")
-        table: Any = datasets.load_from_disk(str(folder))
-        for column in (columns.image, columns.conditioning_image):
-            if column not in table.column_names:
-                raise PowersteerError(f"{folder}: column '{column}' is missing; there are {table.column_names}")
-            table = table.cast_column(column, datasets.Image(decode=False))
-        texts = table[columns.text] if columns.text in table.column_names else None
-
-        def row(i: int) -> Row:
-            where = f"{folder.name}[{i}]"
-            image, conditioning = (
-                Picture(where, column, lambda column=column: _embedded(table[i][column]))
-                for column in (columns.image, columns.conditioning_image)
-            )
-            return Row(where, image, conditioning, None if texts is None else str(texts[i]))
-
-        return (partial(row, i) for i in range(len(table)))
+        return _table_rows(datasets.load_from_disk(str(folder)), folder.name, columns)
 
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -225,6 +246,33 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 
+def _datasets(wanted_by: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise PowersteerError(f"{wanted_by} needs the datasets library: pip install 'powersteer[datasets]'") from None
+    return datasets
+
+
+def _table_rows(table: Any, where: str, columns: Columns) -> Iterator[ReadRow]:
+    """Of a table of `datasets`; pictures stay encoded until they are asked for."""
+    for column in (columns.image, columns.conditioning_image):
+        if column not in table.column_names:
+            raise PowersteerError(f"{where}: column '{column}' is missing; there are {table.column_names}")
+        table = table.cast_column(column, _datasets(where).Image(decode=False))
+    words = table.select_columns([c for c in (columns.text, columns.generated_text) if c in table.column_names])
+
+    def row(i: int) -> Row:
+        image, conditioning = (
+            Picture(f"{where}[{i}]", column, lambda column=column: _embedded(table[i][column]))
+            for column in (columns.image, columns.conditioning_image)
+        )
+        record = words[i]
+        return Row(f"{where}[{i}]", image, conditioning, _texts(record, columns.text), _generated(record, columns))
+
+    return (partial(row, i) for i in range(len(table)))
+
+
 def _decode(where: Path | str, content: bytes) -> str:
     try:
         return content.decode("utf-8")
@@ -232,9 +280,14 @@ def _decode(where: Path | str, content: bytes) -> str:
         raise PowersteerError(f"{where} is not UTF-8 text: save it as UTF-8") from None
 
 
-def _text(row: dict[str, Any], column: str) -> str | None:
-    text = row.get(column)
-    return None if text is None else str(text)
+def _texts(row: dict[str, Any], column: str) -> tuple[str, ...]:
+    """One caption, or a list of several."""
+    given = row.get(column)
+    return tuple(str(text) for text in (given if isinstance(given, list) else [given]) if text is not None)
+
+
+def _generated(row: dict[str, Any], columns: Columns) -> str | None:
+    return next(iter(_texts(row, columns.generated_text)), None)
 
 
 def _object(where: str, text: str | bytes) -> dict[str, Any]:
@@ -254,14 +307,14 @@ def _file(where: str, row: dict[str, Any], column: str, folder: Path) -> Picture
     path = folder / str(name)
     if not path.is_file():
         raise PowersteerError(f"{where}: '{path}' not found (column {column})")
-    return Picture(str(path), column, path.read_bytes)
+    return Picture(str(path), column, path.read_bytes, path)
 
 
 def _pictures(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
 
 
-def _key_and_kind(name: str) -> tuple[str, str]:
+def key_and_kind(name: str) -> tuple[str, str]:
     """``a/001.image.png`` → (``a/001``, ``image.png``): a key ends at the first dot of the file's name."""
     folder, slash, file = name.rpartition("/")
     stem, _, kind = file.partition(".")

@@ -2,89 +2,210 @@
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from powersteer.conditions.kinds import LABEL_MAPS
 from powersteer.conditions.tensors import PIL_MODES
+from powersteer.data.contents import Contents
 from powersteer.data.layouts import Columns, read_rows
+from powersteer.data.rows import Row
 from powersteer.errors import PowersteerError
 
 ASPECT_TOLERANCE = 0.01
 """How far the aspect ratios of a picture and its condition may lie apart: a pixel in a hundred."""
+WIDEST = 2.0
+"""Aspect ratio of the widest bucket."""
+
+Size = tuple[int, int]
+"""Pixels or latents: (height, width)."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """The versions of each pair that are trained on: the plain one first."""
+
+    random_flip: bool = False
+    """Each mirrored too."""
+    crops: int = 0
+    """So many cut out at random, on top of the plain one."""
+    smallest_crop: float = 0.8
+    """Of the side."""
+
+    def __len__(self) -> int:
+        return (1 + self.crops) * (1 + self.random_flip)
+
+    def of(self, index: int, view: int) -> tuple[float, float, float, bool]:
+        """Share of the side, shares of the slack left of and above it, mirrored or not."""
+        crop, mirrored = divmod(view, 1 + self.random_flip)
+        chance = random.Random(1_000_003 * index + crop)
+        if crop == 0:
+            return 1.0, 0.5, 0.5, bool(mirrored)
+        return chance.uniform(self.smallest_crop, 1), chance.random(), chance.random(), bool(mirrored)
+
+
+class Transform:
+    """A row → tensors. Picture and condition are scaled to cover the size, cropped and mirrored alike.
+
+    Args:
+        conditioning_channels: 1 (grey) or 3 (RGB).
+        kind: Of the condition; label maps are scaled without interpolation.
+    """
+
+    def __init__(self, conditioning_channels: int = 1, kind: str = "sketch") -> None:
+        self.mode = PIL_MODES[conditioning_channels]
+        self.resampling = Image.Resampling.NEAREST if kind in LABEL_MAPS else Image.Resampling.LANCZOS
+
+    def __call__(
+        self, row: Row, size: Size, view: tuple[float, float, float, bool] = (1.0, 0.5, 0.5, False)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The picture (3, H, W), float in [-1, 1], and its condition (C, H, W), uint8, where 255 stands for 1.
+
+        Raises:
+            PowersteerError: A picture cannot be read, or condition and picture differ in aspect ratio.
+        """
+        picture, condition = row.image.open("RGB"), row.conditioning_image.open(self.mode)
+        if not same_aspect(picture.size, condition.size):
+            raise PowersteerError(
+                f"{row.where}: {row.conditioning_image} is {condition.width}×{condition.height} pixels, its picture "
+                f"{picture.width}×{picture.height}: they must have one aspect ratio, or the steering learns a shift"
+            )
+        image = _cut(picture, size, view, Image.Resampling.LANCZOS).float() / 127.5 - 1
+        return image, _cut(condition, size, view, self.resampling)
 
 
 class Pairs:
     """The pairs of a folder, in any layout of `powersteer.data.layouts`, decoded when asked for.
 
-    ``pairs[i]`` is the picture (3, H, W), float in [-1, 1], and its condition (C, H, W), uint8, where 255 stands
-    for 1. Both are scaled to cover the size and cropped around the centre, alike; label maps without interpolation.
-
     Args:
-        folder: Where they lie.
-        size: Pixels (height, width).
+        folder: Where they lie; or the rows themselves.
+        size: Pixels (height, width); the area and shape of the middle bucket when there are ``buckets``.
         conditioning_channels: 1 (grey) or 3 (RGB).
         limit: Take only so many pairs, spread evenly over the folder.
         kind: Of the condition; see `powersteer.conditions.kinds`.
         columns: What the layout calls its columns.
         default_prompt: Caption of pairs that have none.
+        buckets: Sizes to choose from, the nearest in aspect ratio for each picture; else all have ``size``.
+        views: The versions of each pair.
+        contents: Where the pictures' sizes are remembered.
 
     Raises:
         PowersteerError: The folder or a row is malformed, a picture is missing, or a pair has no caption; names row,
-            file and column. On access: a picture cannot be read, or condition and picture differ in aspect ratio.
+            file and column.
     """
 
     def __init__(
         self,
-        folder: Path,
-        size: tuple[int, int],
+        folder: Path | Sequence[Row],
+        size: Size,
         conditioning_channels: int = 1,
         limit: int | None = None,
         *,
         kind: str = "sketch",
         columns: Columns | None = None,
         default_prompt: str | None = None,
+        buckets: Sequence[Size] | None = None,
+        views: Views | None = None,
+        contents: Contents | None = None,
     ) -> None:
-        self.folder, self.size, self.channels = folder, size, conditioning_channels
-        self.resampling = Image.Resampling.NEAREST if kind in LABEL_MAPS else Image.Resampling.LANCZOS
-        rows = read_rows(folder, columns)
+        self.folder = folder if isinstance(folder, Path) else None
+        self.transform = Transform(conditioning_channels, kind)
+        self.views = views or Views()
+        rows = read_rows(folder, columns) if isinstance(folder, Path) else list(folder)
         if limit is not None:
             if limit > len(rows):
                 raise PowersteerError(f"{folder} holds {len(rows)} pairs, {limit} were asked for")
-            rows = [rows[i * len(rows) // limit] for i in range(limit)]
-        self.rows = rows
-        self.texts: list[str] = []
-        for row in rows:
-            text = row.text if row.text is not None else default_prompt
-            if text is None:
-                raise PowersteerError(f"{row.where} has no caption: write one, or give default_prompt='…' for all")
-            self.texts.append(text)
+            rows = [rows[i] for i in spread(len(rows), limit)]
+        self.rows = [captioned(row, default_prompt) for row in rows]
+        self.sizes = [size] * len(rows)
+        """Of each pair, (height, width)."""
+        if buckets is not None:
+            self.contents = contents or Contents()
+            self.sizes = [nearest(buckets, *self.contents.size(row.image)) for row in rows]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        row = self.rows[index]
-        picture = row.image.open("RGB")
-        condition = row.conditioning_image.open(PIL_MODES[self.channels])
-        if not same_aspect(picture.size, condition.size):
-            raise PowersteerError(
-                f"{row.where}: {row.conditioning_image} is {condition.width}×{condition.height} pixels, its picture "
-                f"{picture.width}×{picture.height}: they must have one aspect ratio, or the steering learns a shift"
-            )
-        image = self._fit(picture, Image.Resampling.LANCZOS).float() / 127.5 - 1
-        return image, self._fit(condition, self.resampling)
+        """The plain view; see `Transform`."""
+        return self.view(index, 0)
 
-    def _fit(self, picture: Image.Image, resampling: Image.Resampling) -> torch.Tensor:
-        height, width = self.size
-        pixels = np.array(ImageOps.fit(picture, (width, height), resampling))
-        return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
+    def view(self, index: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One version of a pair; see `Transform`."""
+        return self.transform(self.rows[index], self.sizes[index], self.views.of(index, view))
+
+    @property
+    def texts(self) -> list[str]:
+        """The first caption of each pair."""
+        return [row.texts[0] for row in self.rows]
+
+    def subset(self, indices: Iterable[int], *, plain: bool = False) -> Pairs:
+        """Some of the pairs, with all views or (``plain``) the plain one only."""
+        chosen = list(indices)
+        part = object.__new__(Pairs)
+        part.__dict__.update(self.__dict__)
+        part.rows, part.sizes = [self.rows[i] for i in chosen], [self.sizes[i] for i in chosen]
+        part.views = Views() if plain else self.views
+        return part
+
+
+def captioned(row: Row, default_prompt: str | None) -> Row:
+    """The row with a caption.
+
+    Raises:
+        PowersteerError: It has none, and there is no default.
+    """
+    if row.texts:
+        return row
+    if default_prompt is None:
+        raise PowersteerError(f"{row.where} has no caption: write one, or give default_prompt='…' for all")
+    return Row(row.where, row.image, row.conditioning_image, (default_prompt,), row.generated_text)
+
+
+def bucket_sizes(size: Size, step: int) -> list[Size]:
+    """Sizes of at most the area of ``size``, both sides multiples of ``step``, from 1:2 to 2:1."""
+    area = size[0] * size[1]
+    sizes: set[Size] = {size}
+    for width in range(step, int(math.sqrt(area * WIDEST)) + 1, step):
+        height = area // width // step * step
+        if height and 1 / WIDEST <= width / height <= WIDEST:
+            sizes.add((height, width))
+    return sorted(sizes)
+
+
+def nearest(buckets: Sequence[Size], width: int, height: int) -> Size:
+    """The bucket nearest in aspect ratio, the largest of equals."""
+    return min(buckets, key=lambda size: (abs(math.log(size[1] * height / (size[0] * width))), -size[0] * size[1]))
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """``limit`` positions among ``count``, evenly spread; all of them when they are fewer."""
+    limit = min(count, limit)
+    return [i * count // limit for i in range(limit)]
 
 
 def same_aspect(one: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two sizes (width, height) have one aspect ratio, to `ASPECT_TOLERANCE` or a pixel."""
     width = one[0] * other[1] / one[1]
     return abs(width - other[0]) <= max(1, ASPECT_TOLERANCE * other[0])
+
+
+def _cut(
+    picture: Image.Image, size: Size, view: tuple[float, float, float, bool], resampling: Image.Resampling
+) -> torch.Tensor:
+    height, width = size
+    share, left, top, mirrored = view
+    zoom = share * min(picture.width / width, picture.height / height)
+    box_width, box_height = width * zoom, height * zoom
+    x, y = left * (picture.width - box_width), top * (picture.height - box_height)
+    pixels = np.array(picture.resize((width, height), resampling, box=(x, y, x + box_width, y + box_height)))
+    if mirrored:
+        pixels = pixels[:, ::-1]
+    return torch.from_numpy(np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -20,6 +21,8 @@ class Picture:
     column: str
     """The column that names it."""
     read: Callable[[], bytes]
+    file: Path | None = None
+    """The file that holds it, where it is one of this machine."""
 
     def content(self) -> bytes:
         """Its bytes.
@@ -65,5 +68,12 @@ class Row:
     """Its place in the data set, for messages: ``train[12]``."""
     image: Picture
     conditioning_image: Picture
-    text: str | None
-    """The caption, where there is one."""
+    texts: tuple[str, ...] = ()
+    """Its own captions, if it has any."""
+    generated_text: str | None = None
+    """A caption that a model wrote, if it has one."""
+
+    @property
+    def text(self) -> str | None:
+        """The first of its own captions."""
+        return self.texts[0] if self.texts else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -26,15 +28,30 @@ class TokenizerConfig(StrictConfig):
 
 
 def train_tokenizer(config: TokenizerConfig, icons: IconSet, stage_dir: Path) -> CLIPTokenizer:
-    """Learn the vocabulary from all training captions and the teacher's whole words."""
+    """Learn the vocabulary from all training captions and the teacher's whole words; once, for ids must not change."""
     names = {(icon.name, icon.style) for icon in icons.icons if not icon.held_out}
     corpus = [caption for name, style in sorted(names) for caption in captions(name, style)]
     lines = [*teacher_words(), *corpus * config.icon_weight]
+    made_from = hashlib.sha256("\n".join([str(config), *lines]).encode()).hexdigest()
+    mark = stage_dir / "made-from.txt"
+    if mark.exists() and mark.read_text(encoding="utf-8") == made_from:
+        return CLIPTokenizer.from_pretrained(stage_dir)
     batches = (lines[i : i + 1000] for i in range(0, len(lines), 1000))
     tokenizer = CLIPTokenizer().train_new_from_iterator(batches, vocab_size=config.vocab_size, show_progress=False)
     tokenizer.model_max_length = MAX_TOKENS
     tokenizer.save_pretrained(stage_dir)
+    _sort_word_ends(stage_dir / "tokenizer.json")
+    mark.write_text(made_from, encoding="utf-8")
     return CLIPTokenizer.from_pretrained(stage_dir)
+
+
+def _sort_word_ends(file: Path) -> None:
+    """Letters that end a word got their ids in the order of a hash table: another one each time."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary: dict[str, int] = content["model"]["vocab"]
+    ends = sorted(token for token in vocabulary if len(token) == len("x</w>") and token.endswith("</w>"))
+    vocabulary.update(zip(ends, sorted(vocabulary[token] for token in ends), strict=True))
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:

@@ -3,55 +3,188 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from powersteer.base import EMBEDDED_BASE
 from powersteer.config import StrictConfig
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # From forty pairs: some are held out to choose when to stop, then all are used.
+    "few-shot": {
+        "validation_split": 0.2,
+        "refit": True,
+        "patience": 6,
+        "validation_steps": 25,
+        "random_flip": True,
+        "random_crops": 3,
+        "lr_scheduler": "cosine",
+        "max_train_steps": 600,
+        "adam_weight_decay": 0.05,
+        "ema_decay": 0.99,
+    },
+    # The reference set-up of Huang, Li & Huang (ICML 2024).
+    "paper": {
+        "network": "paper",
+        "learning_rate": 1e-5,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "train_batch_size": 16,
+        "max_train_steps": None,
+        "num_train_epochs": 16,
+        "gradient_checkpointing": True,
+        "prompt_mix": True,
+        "proportion_empty_prompts": 0.0,
+        "ema_decay": None,
+    },
+    "low-memory": {
+        "network": "lite",
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 16,
+        "gradient_checkpointing": True,
+        "use_8bit_adam": True,
+        "ema_decay": None,
+    },
+}
+"""What each preset sets; a key that is given all the same wins."""
 
 
 class TrainConfig(StrictConfig):
     """One training run."""
 
+    preset: Literal["few-shot", "paper", "low-memory"] | None = None
+    """Sets other keys, unless they are given; see `PRESETS`."""
+
     pretrained_model_name_or_path: str = EMBEDDED_BASE
     """The frozen base: ``powersteer-tiny``, a folder in diffusers' layout, or a model of the Hub."""
-    train_data_dir: Path
-    """A folder of pairs; `powersteer data check` says what it holds, and which layouts can be read."""
-    validation_data_dir: Path | None = None
-    """Held-out pairs, on which the best weights are chosen; without it, the last weights are kept."""
-    output_dir: Path
-    cache_dir: Path | None = None
-    """Where encoded pairs are kept; ``output_dir/cache`` when not given."""
+    init_from: str | None = None
+    """Start from this adapter's weights: ``sketch``, a folder, or a model of the Hub."""
+    network: Literal["paper", "lite"] = "paper"
+    """Shape of the steering network: the paper's, or ``lite`` with a thirteenth of its parameters."""
+    weights: Literal["head-heavy", "uniform"] | tuple[float, ...] = "head-heavy"
+    """Integration weights of the steering; or one number for each level of CP, then TP's, then EP's."""
+    conditioning_channels: Literal[1, 3] = 1
+    conditioning_kind: str = "sketch"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    train_data_dir: str | None = None
+    """A folder of pairs; `powersteer data check` says what it holds, and which layouts can be read. With
+    ``streaming``, shards: a folder, a pattern such as ``shards/{000..099}.tar``, or a URL of either."""
+    dataset_name: str | None = None
+    """Pairs of the Hub, instead of ``train_data_dir``."""
+    dataset_config_name: str | None = None
+    dataset_split: str = "train"
+    streaming: bool = False
+    """Read WebDataset shards in order, over and over; nothing is cached."""
     image_column: str = "image"
     conditioning_image_column: str = "conditioning_image"
     caption_column: str = "text"
+    generated_caption_column: str = "generated_text"
     default_prompt: str | None = None
     """Caption of pairs that have none."""
     max_train_samples: int | None = Field(default=None, gt=0)
-    conditioning_channels: Literal[1, 3] = 1
-    conditioning_kind: str = "sketch"
-    weights: Literal["head-heavy", "uniform"] = "head-heavy"
-    """Integration weights of the steering."""
+    resolution: int | tuple[int, int] | None = None
+    """Pixels, or (height, width); the base's own by default."""
+    aspect_ratio_buckets: bool = False
+    """Train each picture at the size nearest in aspect ratio, of the area of ``resolution``."""
+    random_flip: bool = False
+    """Mirror half of the pairs."""
+    random_crops: int = Field(default=0, ge=0)
+    """Cut each pair out at random in so many more ways, at least 80 % of a side."""
+    cache_latents: bool = True
+    """Encode pictures and captions once."""
+    cache_dir: Path | None = None
+    """Where encoded pairs are kept; ``output_dir/cache`` when not given."""
+    dataloader_num_workers: int = Field(default=0, ge=0)
 
+    proportion_empty_prompts: float = Field(default=0.1, ge=0, le=1)
+    """For classifier-free guidance."""
+    proportion_empty_conditions: float = Field(default=0.0, ge=0, le=1)
+    """So often the condition is blank: the network learns to leave the prior alone."""
+    prompt_mix: bool = False
+    """The method's: a third ``fixed_prompt``, a third the generated caption, a third the own one (a half each where
+    one is missing), drawn afresh."""
+    fixed_prompt: str = "a high-quality, detailed, and professional image"
+
+    output_dir: Path
+    seed: int = 0
+    max_train_steps: int | None = Field(default=1500, gt=0)
+    """Optimizer updates."""
+    num_train_epochs: int | None = Field(default=None, gt=0)
+    """Instead of ``max_train_steps: null``."""
+    max_train_minutes: float | None = Field(default=None, gt=0)
+    """Stop at this time, if it comes before ``max_train_steps``."""
+    train_batch_size: int = Field(default=16, gt=0)
+    """Samples a process and accumulation step."""
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    gradient_checkpointing: bool = False
+    """Half as fast again, in far less memory."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """``auto``: bf16 where the hardware multiplies it natively. The trained weights stay in float32."""
     learning_rate: float = Field(default=1e-4, gt=0)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     lr_warmup_steps: int = Field(default=50, ge=0)
     """Counted in optimizer updates."""
-    train_batch_size: int = Field(default=16, gt=0)
-    max_train_steps: int = Field(default=1500, gt=0)
-    max_train_minutes: float | None = Field(default=None, gt=0)
-    """Stop at this time, if it comes before ``max_train_steps``."""
+    use_8bit_adam: bool = False
+    """AdamW of bitsandbytes, where it is installed and there is a GPU."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
     adam_weight_decay: float = Field(default=0.01, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    ema_decay: float = Field(default=0.998, ge=0, lt=1)
-    proportion_empty_prompts: float = Field(default=0.1, ge=0, le=1)
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """``auto``: bf16 where the hardware multiplies it natively. The trained weights stay in float32."""
-    seed: int = 0
+    ema_decay: float | None = Field(default=0.998, ge=0, lt=1)
+    """Of the weights' running average, which is what is validated and kept; null for none."""
+    snr_gamma: float | None = Field(default=None, gt=0)
+    """Min-SNR weighting of the loss; 5 is its authors' choice."""
 
+    validation_data_dir: Path | None = None
+    """Held-out pairs, on which the best weights are chosen; without any, the last weights are kept."""
+    validation_split: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the training pairs to hold out instead."""
+    max_validation_samples: int = Field(default=256, gt=0)
     validation_steps: int = Field(default=100, gt=0)
+    validation_image_steps: int = Field(default=500, gt=0)
+    """Updates between pictures (condition, generated, target)."""
+    num_validation_images: int = Field(default=4, ge=0)
+    patience: int | None = Field(default=None, gt=0)
+    """Stop after so many validations without a better one."""
+    refit: bool = False
+    """At the end, train on the held-out share too, for as many updates as were best without it."""
+
     checkpointing_steps: int = Field(default=500, gt=0)
     checkpoints_total_limit: int = Field(default=2, gt=0)
-    resume_from_checkpoint: Literal["latest"] | None = "latest"
-    """``latest`` goes on from the newest checkpoint in ``output_dir``, if there is one."""
+    resume_from_checkpoint: str | None = "latest"
+    """``latest`` goes on from the newest checkpoint in ``output_dir``, if there is one; ``latest-intact`` from the
+    newest that is undamaged; ``checkpoint-<step>`` from that one."""
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") in PRESETS:
+            return PRESETS[values["preset"]] | values
+        return values
+
+    @field_validator("resume_from_checkpoint")
+    @classmethod
+    def _known_checkpoint(cls, value: str | None) -> str | None:
+        if value is not None and value not in ("latest", "latest-intact") and not value.startswith("checkpoint-"):
+            raise ValueError("give latest, latest-intact or checkpoint-<step>")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if (self.train_data_dir is None) == (self.dataset_name is None):
+            raise ValueError("give either train_data_dir or dataset_name")
+        if self.max_train_steps is None and self.num_train_epochs is None:
+            raise ValueError("give max_train_steps or num_train_epochs")
+        if self.validation_split and self.validation_data_dir is not None:
+            raise ValueError("validation_split holds out training pairs: leave validation_data_dir out")
+        if self.refit and not self.validation_split:
+            raise ValueError("refit needs a validation_split, whose pairs it trains on in the end")
+        if self.patience is not None and not (self.validation_split or self.validation_data_dir):
+            raise ValueError("patience needs held-out pairs: give validation_data_dir or validation_split")
+        if self.streaming and (self.validation_split or self.aspect_ratio_buckets or self.num_train_epochs):
+            raise ValueError("streaming goes with neither validation_split, aspect_ratio_buckets nor num_train_epochs")
+        return self

@@ -2,179 +2,293 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
+import math
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from diffusers import StableDiffusionPipeline
+from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
-from powersteer.base import load_base
-from powersteer.conditions.kinds import conditioning_record
-from powersteer.config import save_config
-from powersteer.data.encode import EncodedPairs, encode_pairs
-from powersteer.data.layouts import Columns
-from powersteer.data.pairs import Pairs
+from powersteer.data.encode import EncodedPairs, Sample, TextStates, conditions_of, unet_inputs
+from powersteer.data.order import Share
 from powersteer.errors import PowersteerError
-from powersteer.hardware import native_precision
 from powersteer.model import BPSModel
 from powersteer.steering import steer
-from powersteer.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from powersteer.training.checkpoint import (
+    chosen_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_adapter,
+    save_checkpoint,
+    set_aside_later,
+)
 from powersteer.training.config import TrainConfig
+from powersteer.training.draws import draw, noise, prompt_of
 from powersteer.training.heldout import HeldOut
-from powersteer.training.objective import denoising_target
+from powersteer.training.monitor import Monitor, Validation
+from powersteer.training.objective import denoising_target, min_snr_weights, noise_schedule
+from powersteer.training.optimizer import Average, make_optimizer
+
+PROBE = 64
+"""Training pairs that are watched on fixed noise."""
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run came to."""
+class Source(Protocol):
+    """What is trained on: `EncodedPairs`, or `powersteer.data.stream.StreamedPairs`."""
 
-    adapter_dir: Path
-    """The best weights by held-out loss (the last, without validation data)."""
-    step: int
+    @property
+    def probe(self) -> EncodedPairs:
+        """Some of the pairs, to be watched on fixed noise."""
+        ...
+
+    def micro_batches(self, share: Share, seed: int, first: int, workers: int) -> Iterator[list[Sample]]:
+        """This process's samples of each accumulation step, from update ``first`` on, without end."""
+        ...
+
+    def latents(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """(N, C, h, w)."""
+        ...
+
+    def texts(self, prompts: Sequence[str]) -> TextStates:
+        """Text states of prompts."""
+        ...
+
+
+class SteeredUNet(nn.Module):
+    """The frozen U-Net and the network that steers it, as one module: processes share its gradients."""
+
+    def __init__(self, unet: nn.Module, network: BPSModel) -> None:
+        super().__init__()
+        self.unet, self.network = unet, network
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """The prediction (B, C, h, w); within `steer`, the posterior's."""
+        return self.unet(noisy, timesteps, **inputs).sample
+
+
+@dataclass
+class TrainState:
+    """How far a run is: what a checkpoint keeps beside the tensors."""
+
+    step: int = 0
     """Optimizer updates done."""
-    best_step: int
-    seconds: float
-    """Time spent in the loop, over all its resumptions."""
-    interrupted: bool
+    seconds: float = 0.0
+    """In the loop, over all its resumptions."""
+    loss: float = math.nan
+    best_step: int = 0
+    best_loss: float = math.inf
+    best_probe: float = math.inf
+    """Loss on training pairs when the best was found."""
+    validations_since: int = 0
+    """Without a better one."""
+    control_step: int | None = None
+    """When the condition was first seen to be used."""
+    order: str = field(default_factory=lambda: hashlib.sha256().hexdigest())
+    """Digest of all samples trained on, in order."""
+
+    def saw(self, names: list[str]) -> None:
+        """Take note of what was trained on."""
+        self.order = hashlib.sha256("\n".join([self.order, *names]).encode()).hexdigest()
 
 
-def train(config: TrainConfig) -> TrainResult:
-    """Train a steering network, or go on training it, in ``config.output_dir``.
+def fit(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    pipe: Any,
+    network: BPSModel,
+    pairs: Source,
+    held_out: HeldOut | None,
+    output_dir: Path,
+    last_step: int,
+    description: str = "training",
+) -> tuple[TrainState, bool]:
+    """Train a network, or go on training it; the best weights (the last, without held-out pairs) end in ``output_dir``.
+
+    Args:
+        config: How.
+        accelerator: The processes.
+        pipe: The frozen base, on its device.
+        network: The steering network.
+        pairs: What to train on.
+        held_out: On what to choose the best weights.
+        output_dir: Checkpoints, weights and log go here.
+        last_step: Optimizer updates in all.
+        description: For the progress bar.
+
+    Returns:
+        How far it came, and whether it was interrupted.
 
     Raises:
-        PowersteerError: The base, the data or the output folder is unusable, or the loss became non-finite.
+        PowersteerError: The output folder or a checkpoint is unusable, or a loss or gradient became non-finite.
     """
-    # Accelerate keeps the first precision for the whole process; an earlier run here may have had another.
-    AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
-    accelerator = Accelerator(mixed_precision=_precision(config.mixed_precision))
-    try:
-        save_config(config, config.output_dir / "train.yaml")
-    except OSError as error:
-        raise PowersteerError(f"cannot write to {config.output_dir}: {error.strerror}") from None
-
-    pipe = load_base(config.pretrained_model_name_or_path).to(accelerator.device)
-    train_pairs = _encode(config, pipe, config.train_data_dir, config.max_train_samples)
-    held_out = None
-    if config.validation_data_dir is not None:
-        held_out = HeldOut(pipe, _encode(config, pipe, config.validation_data_dir, None))
-
-    torch.manual_seed(config.seed)
-    model = BPSModel.from_unet(
-        pipe.unet,
-        conditioning_channels=config.conditioning_channels,
-        pixel_unshuffle=pipe.vae_scale_factor,
-        weights=config.weights,
-        prediction_type=pipe.scheduler.config.prediction_type,
-        conditioning=conditioning_record(config.conditioning_kind),
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.adam_weight_decay)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    network: BPSModel = accelerator.unwrap_model(model)
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    ema = EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+    optimizer: Any = make_optimizer(config, network)
+    steered, optimizer = accelerator.prepare(SteeredUNet(pipe.unet, network), optimizer)
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    average = Average(parameters, config.ema_decay, accelerator.device)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
-        optimizer,
+        optimizer.optimizer,
         num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
+        num_training_steps=config.max_train_steps or last_step,
     )
+    schedule, autocast = noise_schedule(pipe), accelerator.autocast
+    accumulation = config.gradient_accumulation_steps
+    share = Share(config.train_batch_size, accumulation, accelerator.num_processes, accelerator.process_index)
 
-    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "best_step": 0, "best_loss": float("inf")}
-    checkpoints = list_checkpoints(config.output_dir)
-    if config.resume_from_checkpoint == "latest" and checkpoints:
-        state = load_checkpoint(checkpoints[-1], network, ema, optimizer)
-        lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "last_epoch": state["step"]})
-    ema.to(accelerator.device)
-    prior_loss = held_out.losses(None).mean().item() if held_out is not None else float("nan")
+    state = TrainState()
+    checkpoint = chosen_checkpoint(output_dir, config.resume_from_checkpoint)
+    if checkpoint is not None:
+        tensors, values = load_checkpoint(checkpoint, network)
+        optimizer.load_state_dict(tensors["optimizer"])
+        average.load_state_dict(tensors["average"])
+        if accelerator.scaler is not None and tensors["scaler"]:
+            accelerator.scaler.load_state_dict(tensors["scaler"])
+        state = TrainState(**values)
+        if accelerator.is_main_process:
+            set_aside_later(output_dir, checkpoint)
+        lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "last_epoch": state.step})
+    network.train()
+    # Without held-out pairs, some of the training pairs are watched in their place; they choose nothing.
+    probe = HeldOut(pipe, pairs.probe, limit=PROBE, accelerator=accelerator)
+    watched = held_out or probe
+    prior = watched.losses(None, autocast=autocast)
 
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    figures = ""
-    since = time.perf_counter() - state["seconds"]
-    with Progress(*columns, TextColumn("{task.fields[figures]}")) as progress, _stop_on_signal() as stop:
-        bar = progress.add_task("training", total=config.max_train_steps, completed=state["step"], figures=figures)
-        while not _finished(config, state) and not stop.is_set():
-            # 1. A batch: the step's own generator, so that a resumed run sees the same one.
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state["step"])
-            rows = torch.randint(len(train_pairs), (config.train_batch_size,), generator=generator)
-            latents = train_pairs.latents[rows]  # (B, C, h, w)
-            noise = torch.randn(latents.shape, generator=generator)
-            timesteps = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(rows),), generator=generator)
-            noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
-            text_rows = train_pairs.text_rows[rows].clone()
-            text_rows[torch.rand(len(rows), generator=generator) < config.proportion_empty_prompts] = 0
+    def validate() -> None:
+        validation = Validation.of(watched, prior, network, autocast)
+        row: dict[str, Any] = {"step": state.step, "seconds": round(state.seconds, 1), **validation.row()}
+        row["on"] = "training pairs" if held_out is None else "held-out pairs"
+        untrained = state.step == 0 and config.init_from is None
+        if untrained and not math.isclose(row["steered"], row["prior"], rel_tol=1e-4):
+            raise PowersteerError(f"at step 0 the loss is {row['steered']}, not the prior's {row['prior']}: a defect")
+        if state.step > 0:
+            row |= {"loss": state.loss, "learning_rate": lr_scheduler.get_last_lr()[0]}
+        if held_out is None:
+            state.best_step = state.step
+        else:
+            row["train_probe"] = probe.losses(network, autocast=autocast).mean().item()
+            if row["steered"] < state.best_loss:
+                state.best_loss, state.best_step, state.validations_since = row["steered"], state.step, 0
+                state.best_probe = row["train_probe"]
+            else:
+                state.validations_since += 1
+        if state.best_step == state.step and accelerator.is_main_process:
+            save_adapter(output_dir, network)
+        monitor.record(row)
+        if state.control_step is None and validation.control.certain and validation.gain.certain:
+            state.control_step = state.step
+            monitor.say(f"step {state.step}: control switched on; the condition is used")
+        if state.validations_since == 3 and row["train_probe"] < state.best_probe:
+            monitor.say(
+                f"step {state.step}: the loss on training pairs still falls, the held-out loss has risen since step "
+                f"{state.best_step}: over-fitting; the weights of step {state.best_step} are kept"
+            )
 
-            # 2. The loss ‖ε − ε̄(z_t, t, text, c)‖², or its like for a base that predicts v.
-            to = accelerator.device
-            with accelerator.autocast(), steer(pipe.unet, network, train_pairs.condition(rows).to(to)):
-                guess = pipe.unet(noisy.to(to), timesteps.to(to), train_pairs.text_states[text_rows].to(to)).sample
-            target = denoising_target(pipe.scheduler, latents, noise, timesteps)
-            loss = F.mse_loss(guess.float(), target.to(to))
-            if not torch.isfinite(loss):
-                raise PowersteerError(
-                    f"the loss is {loss.item()} at step {state['step']}: nothing was saved over the last "
-                    "checkpoint; try a lower learning_rate, or mixed_precision=no"
-                )
+    def save() -> None:
+        if accelerator.is_main_process:
+            scaler = {} if accelerator.scaler is None else accelerator.scaler.state_dict()
+            tensors = {"optimizer": optimizer.state_dict(), "average": average.state_dict(), "scaler": scaler}
+            save_checkpoint(output_dir, network, tensors, vars(state), config.checkpoints_total_limit)
+        accelerator.wait_for_everyone()
 
-            # 3. An update.
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+    def finished() -> bool:
+        out_of_time = config.max_train_minutes is not None and state.seconds >= 60 * config.max_train_minutes
+        out_of_patience = config.patience is not None and state.validations_since >= config.patience
+        return state.step >= last_step or out_of_time or out_of_patience
+
+    with Monitor(output_dir, accelerator, last_step, description) as monitor, _stop_on_signal() as stop:
+        monitor.resume(state.step)
+        if state.step == 0:
+            validate()
+            monitor.pictures(pipe, network, watched, config.num_validation_images, 0)
+        since = time.perf_counter() - state.seconds
+        micro_batches = pairs.micro_batches(share, config.seed, state.step, config.dataloader_num_workers)
+        interrupted = False
+        while not finished() and not interrupted:
+            # 1. A batch: what chance decides is a function of (seed, step), so that a resumed run sees the same.
+            draws = draw(config, state.step, share.batch_size, schedule.config["num_train_timesteps"])
+            torch.manual_seed(config.seed + state.step)  # for drop-out
+            losses: list[torch.Tensor] = []
+            names: list[str] = []
+            for accumulation_step in range(accumulation):
+                samples, places = next(micro_batches), share.places(accumulation_step)
+                latents = pairs.latents(samples)  # (B, C, h, w)
+                epsilon = noise(config.seed, state.step, places, tuple(latents.shape[1:]))
+                timesteps = draws.timesteps[places.start : places.stop]
+                condition = conditions_of(samples)  # (B, C, H, W)
+                condition[draws.blank[places.start : places.stop]] = 0
+                prompts = [prompt_of(s, draws.prompt[place], config) for s, place in zip(samples, places, strict=True)]
+                inputs = unet_inputs(pairs.texts(prompts), (condition.shape[-2], condition.shape[-1]))
+
+                # 2. The loss ‖ε − ε̄(z_t, t, text, c)‖², or its like for a base that predicts v; the base's hooks stay
+                # until the gradient is there, since gradient checkpointing runs it again.
+                noisy = schedule.add_noise(latents, epsilon, timesteps)
+                to = {"device": accelerator.device, "dtype": pipe.unet.dtype}
+                with accelerator.accumulate(steered), steer(pipe.unet, network, condition, plan=None):
+                    guess = steered(noisy.to(**to), timesteps.to(accelerator.device), **_moved(inputs, **to))
+                    target = denoising_target(schedule, latents, epsilon, timesteps).to(accelerator.device)
+                    loss = F.mse_loss(guess.float(), target, reduction="none").mean((1, 2, 3))  # (B,)
+                    if config.snr_gamma is not None:
+                        loss = loss * min_snr_weights(schedule, timesteps, config.snr_gamma).to(loss)
+                    accelerator.backward(loss.mean())
+                losses.append(loss.detach())
+                names += [sample.name for sample in samples]
+
+            # 3. An update, unless something is not finite.
+            norm: Any = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            told = [float(stop.is_set()), time.perf_counter() - since]
+            figures = torch.cat([torch.cat(losses).mean()[None], torch.tensor(told, device=accelerator.device)])
+            everyone = accelerator.gather(figures[None])  # (processes, 3)
+            state.loss = everyone[:, 0].mean().item()
+            # The gradient scaler of fp16 meets infinite gradients by itself: it skips the update and scales less.
+            if not math.isfinite(state.loss) or (accelerator.scaler is None and not math.isfinite(norm.item())):
+                _refuse_non_finite(state.step, names, torch.cat(losses), output_dir)
             optimizer.step()
-            lr_scheduler.step()
             optimizer.zero_grad()
-            ema.step(parameters)
-            state["step"] += 1
-            state["seconds"] = time.perf_counter() - since
-            progress.update(bar, advance=1, figures=f"loss {loss.item():.4f}  {figures}")
+            lr_scheduler.step()
+            average.step(parameters)
+            state.saw(names)
+            state.step += 1
+            interrupted, state.seconds = bool(everyone[:, 1].any()), everyone[0, 2].item()
+            monitor.advance(state.step, state.loss, share.batch_size)
 
-            # 4. Held-out loss, the best weights, checkpoints.
-            last = _finished(config, state)
-            if state["step"] % config.validation_steps == 0 or last:
-                ema.store(parameters)
-                ema.copy_to(parameters)
-                row = {"step": state["step"], "seconds": round(state["seconds"], 1), "loss": loss.item()}
-                if held_out is not None:
-                    row["prior"] = prior_loss
-                    row["steered"] = held_out.losses(network).mean().item()
-                    row["shuffled"] = held_out.losses(network, shuffled=True).mean().item()
-                    figures = f"held-out {row['steered']:.4f} (prior {prior_loss:.4f})"
-                if row.get("steered", -state["step"]) < state["best_loss"]:
-                    state["best_loss"] = row.get("steered", -state["step"])
-                    state["best_step"] = state["step"]
-                    network.save_pretrained(config.output_dir)
-                ema.restore(parameters)
-                with (config.output_dir / "log.jsonl").open("a", encoding="utf-8") as log:
-                    log.write(json.dumps(row) + "\n")
-            if state["step"] % config.checkpointing_steps == 0 or last or stop.is_set():
-                save_checkpoint(config.output_dir, network, ema, optimizer, state, config.checkpoints_total_limit)
-    finished = _finished(config, state)
-    return TrainResult(config.output_dir, state["step"], state["best_step"], state["seconds"], interrupted=not finished)
+            # 4. Held-out loss, the best weights, pictures, checkpoints.
+            last = finished()
+            with average.applied(parameters):
+                if state.step % config.validation_steps == 0 or last:
+                    validate()
+                if state.step % config.validation_image_steps == 0 or last:
+                    monitor.pictures(pipe, network, watched, config.num_validation_images, state.step)
+            if state.step % config.checkpointing_steps == 0 or interrupted or finished():
+                save()
+    return state, interrupted and not finished()
 
 
-def _encode(config: TrainConfig, pipe: StableDiffusionPipeline, folder: Path, limit: int | None) -> EncodedPairs:
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    pairs = Pairs(
-        folder,
-        (side, side),
-        config.conditioning_channels,
-        limit,
-        kind=config.conditioning_kind,
-        columns=Columns(config.image_column, config.conditioning_image_column, config.caption_column),
-        default_prompt=config.default_prompt,
+def _moved(inputs: dict[str, Any], **to: Any) -> dict[str, Any]:
+    return {name: _moved(value, **to) if isinstance(value, dict) else value.to(**to) for name, value in inputs.items()}
+
+
+def _refuse_non_finite(step: int, names: list[str], losses: torch.Tensor, output_dir: Path) -> None:
+    bad = [name for name, loss in zip(names, losses.tolist(), strict=True) if not math.isfinite(loss)]
+    kind, bad = ("loss", bad) if bad else ("gradient", names)
+    everywhere = [name for part in gather_object([bad]) for name in part]
+    named = ", ".join(everywhere[:8]) + (", …" if len(everywhere) > 8 else "")
+    found = list_checkpoints(output_dir)
+    last = f"last good: {found[-1].name}" if found else "there is no checkpoint yet"
+    raise PowersteerError(
+        f"non-finite {kind} at step {step}, samples {named}; {last}. Try mixed_precision=bf16 (or no) or a lower "
+        "learning_rate, and look at these samples"
     )
-    return encode_pairs(pipe, pairs, config.cache_dir or config.output_dir / "cache")
 
 
 @contextmanager
@@ -196,15 +310,3 @@ def _stop_on_signal() -> Generator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _finished(config: TrainConfig, state: dict[str, Any]) -> bool:
-    out_of_time = config.max_train_minutes is not None and state["seconds"] >= 60 * config.max_train_minutes
-    return state["step"] >= config.max_train_steps or out_of_time
-
-
-def _precision(wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[native_precision(device)]

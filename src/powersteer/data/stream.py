@@ -1,0 +1,186 @@
+"""WebDataset shards read in order, over and over: for data that no disk of this machine holds."""
+
+from __future__ import annotations
+
+import random
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import fsspec
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from powersteer.data.encode import EncodedPairs, Encoder, Sample, TextStates, one_line_errors
+from powersteer.data.layouts import Columns, key_and_kind, shard_row
+from powersteer.data.order import Share
+from powersteer.data.pairs import Size, Transform, Views, captioned
+from powersteer.data.rows import Row
+from powersteer.errors import PowersteerError
+
+SHUFFLE_BUFFER = 1000
+"""Rows that wait, encoded, for their turn: a row comes at random out of so many."""
+
+
+def list_shards(pattern: str) -> list[str]:
+    """The shards that a folder, a pattern or a URL of either stands for.
+
+    Args:
+        pattern: A folder with ``*.tar``; or names with ``*`` or ``{000..099}``, on this machine or at a URL that fsspec
+            can open (``https://``, ``s3://``, ``hf://``, …).
+
+    Raises:
+        PowersteerError: There are none, or they cannot be listed.
+    """
+    names = _expand(pattern)
+    try:
+        filesystem, _ = fsspec.core.url_to_fs(names[0])
+        if len(names) == 1 and not names[0].endswith(".tar"):
+            names = [f"{names[0].rstrip('/')}/*.tar"]
+        found: list[str] = []
+        for name in names:
+            matches = sorted(filesystem.glob(name)) if "*" in name else [name]
+            found += [str(filesystem.unstrip_protocol(match)) if "*" in name else match for match in matches]
+    except (OSError, ImportError, ValueError) as error:
+        raise PowersteerError(f"cannot list the shards {pattern}: {error}") from None
+    if not found:
+        raise PowersteerError(f"there are no shards {names[0]}")
+    return found
+
+
+def read_shard(shard: str, columns: Columns) -> Iterator[Row]:
+    """The pairs of one shard, in order, read once from beginning to end.
+
+    Raises:
+        PowersteerError: It cannot be opened or read, or a row is malformed.
+    """
+    try:
+        source: Any = fsspec.open(shard, "rb")
+        with source as file, tarfile.open(fileobj=file, mode="r|") as tar:
+            for key, group in groupby(_members(tar), key=_key):
+                parts = {key_and_kind(name)[1]: (name, partial(bytes, content)) for name, content in group}
+                yield shard_row(shard, key, parts, columns)
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise PowersteerError(f"cannot read the shard {shard}: {error}") from None
+
+
+class StreamedPairs(IterableDataset[list[Sample]]):
+    """Pairs of shards, ready for training; each process and worker has shards of its own.
+
+    Args:
+        shards: From `list_shards`.
+        encoder: The base's encoders.
+        probe: A few of the pairs, encoded, to be watched on fixed noise.
+        transform: Row → tensors.
+        size: Pixels (height, width).
+        views: The versions of each pair, one of which is drawn.
+        columns: What the shards call theirs.
+        default_prompt: Caption of pairs that have none.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        encoder: Encoder,
+        probe: EncodedPairs,
+        *,
+        transform: Transform,
+        size: Size,
+        views: Views,
+        columns: Columns,
+        default_prompt: str | None = None,
+    ) -> None:
+        self.shards, self.encoder, self.probe = list(shards), encoder, probe
+        self.transform, self.size, self.views = transform, size, views
+        self.columns, self.default_prompt = columns, default_prompt
+        self._share, self._seed, self._first = Share(1), 0, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "encoder": None, "probe": None}  # the base does not travel to a worker
+
+    def latents(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """(N, C, h, w)."""
+        return self.encoder.latents(torch.stack([sample.image for sample in samples]))
+
+    def texts(self, prompts: Sequence[str]) -> TextStates:
+        """Text states of prompts."""
+        return self.encoder.texts(prompts)
+
+    def micro_batches(self, share: Share, seed: int, first: int, workers: int) -> Iterator[list[Sample]]:
+        """This process's samples of each accumulation step, from update ``first`` on; what came before is read past.
+
+        Raises:
+            PowersteerError: There are fewer shards than readers.
+        """
+        readers = share.processes * max(1, workers)
+        if readers > len(self.shards):
+            raise PowersteerError(
+                f"{len(self.shards)} shards are too few for {readers} readers (processes × dataloader_num_workers)"
+            )
+        self._share, self._seed, self._first = share, seed, first * share.accumulation
+        return one_line_errors(DataLoader(self, batch_size=None, num_workers=workers))
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        """Of one worker: every so many of the process's batches."""
+        worker = get_worker_info()
+        index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        lane = (index + self._first) % workers  # the loader begins with its first worker, wherever the run is
+        taken = (self._first - lane + workers - 1) // workers
+        keys = self._rows(lane * self._share.processes + self._share.process, workers * self._share.processes)
+        for _ in range(taken * self._share.size):
+            next(keys)
+        while True:
+            yield [self._sample(*next(keys)) for _ in range(self._share.size)]
+
+    def _rows(self, lane: int, lanes: int) -> Iterator[tuple[Row, int]]:
+        """(row, view), shuffled, without end."""
+        chance = random.Random(1_000_003 * self._seed + lane)
+        waiting: list[Row] = []
+        round_ = 0
+        while True:
+            order = list(self.shards)
+            random.Random(1_000_003 * self._seed + round_).shuffle(order)
+            for shard in order[lane::lanes]:
+                for row in read_shard(shard, self.columns):
+                    waiting.append(captioned(row, self.default_prompt))
+                    if len(waiting) >= SHUFFLE_BUFFER:
+                        yield waiting.pop(chance.randrange(len(waiting))), chance.randrange(len(self.views))
+            if not waiting:
+                raise PowersteerError(f"the shards hold no pairs: {order[lane]}, …")
+            while waiting:  # a round ends before the next begins: every pair comes once in each
+                yield waiting.pop(chance.randrange(len(waiting))), chance.randrange(len(self.views))
+            round_ += 1
+
+    def _sample(self, row: Row, view: int) -> Sample:
+        image, condition = self.transform(row, self.size, self.views.of(zlib.crc32(row.where.encode()), view))
+        return Sample(row.where, image, condition, row.texts, row.generated_text)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of every file."""
+    for member in tar:
+        file = tar.extractfile(member)
+        if file is not None:
+            yield member.name, file.read()
+
+
+def _key(member: tuple[str, bytes]) -> str:
+    return key_and_kind(member[0])[0]
+
+
+def _expand(pattern: str) -> list[str]:
+    """``{000..002}`` → 000, 001, 002."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [
+        name
+        for number in range(int(first), int(last) + 1)
+        for name in _expand(f"{before}{number:0{len(first)}d}{after}")
+    ]

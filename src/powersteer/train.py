@@ -1,0 +1,11 @@
+"""For several processes: ``accelerate launch … -m powersteer.train CONFIG.yaml [key=value …]``."""
+
+from __future__ import annotations
+
+import sys
+
+from powersteer.cli import main
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "train")
+    main()

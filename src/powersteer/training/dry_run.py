@@ -1,0 +1,137 @@
+"""What a configuration would train, and the memory it would take, without loading weights or data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from powersteer.base import source_of
+from powersteer.errors import PowersteerError
+from powersteer.model import BPSModel
+from powersteer.training.config import TrainConfig
+from powersteer.training.memory import MemoryEstimate, estimate_memory
+from powersteer.training.setup import (
+    autocast_dtype,
+    base_dtype,
+    network_arguments,
+    picture_size,
+    precision_of,
+    read_pairs,
+    update_count,
+)
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What `dry_run` found."""
+
+    config: dict[str, Any]
+    """Resolved."""
+    facts: dict[str, Any]
+    memory: MemoryEstimate
+    """Of one process."""
+    free_memory: int
+    """Bytes, where it would run."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        memory = {**self.memory.rows, "total": self.memory.total, "free": self.free_memory}
+        return {"config": self.config, **self.facts, "memory": memory}
+
+
+def dry_run(config: TrainConfig, processes: int = 1) -> DryRun:
+    """Resolve a configuration; of the data, only rows are counted, and only where epochs are asked for.
+
+    Args:
+        config: The configuration.
+        processes: How many it would be launched with.
+
+    Raises:
+        PowersteerError: There is no such base, or the resolution does not fit it.
+    """
+    unet, vae, scheduler, text_encoders = _base_configs(config.pretrained_model_name_or_path)
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    size, step = picture_size(config, unet, factor)
+    latents = (size[0] // factor, size[1] // factor)
+    precision, device_type = precision_of(config), "cuda" if torch.cuda.is_available() else "cpu"
+    network = network_arguments(config, scheduler.get("prediction_type", "epsilon"), factor)
+    with torch.device("meta"):
+        frozen: Any = UNet2DConditionModel.from_config(unet)
+        try:
+            model = BPSModel.from_unet(frozen, **network)
+        except ValueError as error:
+            raise PowersteerError(f"'weights': {error}") from None
+        others: list[Any] = [AutoencoderKL.from_config(vae), *(kind(encoder) for kind, encoder in text_encoders)]
+    pairs: int | None = None
+    if config.max_train_steps is None:
+        folder = None if config.train_data_dir is None else Path(config.train_data_dir)
+        pairs = len(read_pairs(config, folder, size, step, plain=False))
+    updates = update_count(config, pairs or 0, processes)
+    batch = config.train_batch_size * config.gradient_accumulation_steps * processes
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    facts: dict[str, Any] = {
+        "base": config.pretrained_model_name_or_path,
+        "pictures": [3, *size],
+        "latents": [unet["in_channels"], *latents],
+        "conditions": [config.conditioning_channels, *size],
+        "network": config.network,
+        "residuals": len(model.down_outputs) + 1 + len(model.up_outputs),
+        "trainable_parameters": trainable,
+        "frozen_parameters": sum(p.numel() for module in (frozen, *others) for p in module.parameters()),
+        "precision": precision,
+        "processes": processes,
+        "effective_batch_size": batch,
+        "optimizer_updates": updates,
+        "samples_seen": updates * batch,
+    }
+    if pairs is not None:
+        facts["pairs"] = pairs
+    memory = estimate_memory(
+        unet,
+        network,
+        batch_size=config.train_batch_size,
+        size=latents,
+        text_length=text_encoders[0][1].max_position_embeddings,
+        base_dtype=base_dtype(precision, device_type),
+        precision=autocast_dtype(precision),
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_accumulation=config.gradient_accumulation_steps > 1,
+        use_8bit_adam=config.use_8bit_adam,
+        ema=config.ema_decay is not None,
+        other_base_bytes=sum(4 * p.numel() for module in others for p in module.parameters()),
+        device_type=device_type,
+    )
+    return DryRun(config.model_dump(mode="json"), facts, memory, free_memory())
+
+
+def free_memory() -> int:
+    """Bytes, on the GPU where there is one."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+
+
+def _base_configs(name_or_path: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]:
+    """Configurations of U-Net, VAE, scheduler and text encoders."""
+    source = source_of(name_or_path)
+    kinds: tuple[Any, ...] = (UNet2DConditionModel, AutoencoderKL, DDPMScheduler)
+    folders = ("unet", "vae", "scheduler")
+    try:
+        parts: list[dict[str, Any]] = [
+            kind.load_config(source, subfolder=folder) for kind, folder in zip(kinds, folders, strict=True)
+        ]
+        unet, vae, scheduler = parts
+        text: list[tuple[Any, Any]] = [
+            (CLIPTextModel, CLIPTextConfig.from_pretrained(source, subfolder="text_encoder"))
+        ]
+        if unet.get("addition_embed_type") == "text_time":
+            second = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder_2")
+            text.append((CLIPTextModelWithProjection, second))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PowersteerError(f"cannot read the base '{name_or_path}': {reason}") from None
+    return unet, vae, scheduler, text

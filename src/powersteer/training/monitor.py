@@ -1,0 +1,214 @@
+"""What a run tells of itself: a progress bar, log.jsonl, TensorBoard or W&B, pictures, and what it noticed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from powersteer.data.encode import conditions_of
+from powersteer.data.pairs import spread
+from powersteer.errors import PowersteerError
+from powersteer.generate import steered_pictures
+from powersteer.model import BPSModel
+from powersteer.pictures import save_grid, to_pil
+from powersteer.steering import steer
+from powersteer.training.heldout import Gap, HeldOut
+
+LOG = "log.jsonl"
+
+
+def check_trackers(report_to: str) -> list[str]:
+    """The trackers to report to.
+
+    Raises:
+        PowersteerError: One is not installed.
+    """
+    names = {"none": [], "all": ["tensorboard", "wandb"]}.get(report_to, [report_to])
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise PowersteerError(f"report_to={report_to} needs {name}: pip install {name}")
+    return names
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The held-out losses of one moment, and what they say."""
+
+    prior: torch.Tensor
+    """(bands, N), as the others."""
+    steered: torch.Tensor
+    shuffled: torch.Tensor
+    bands: list[str]
+
+    @classmethod
+    def of(cls, held_out: HeldOut, prior: torch.Tensor, network: BPSModel, autocast: Any) -> Validation:
+        """Measure a network."""
+        network.eval()
+        steered = held_out.losses(network, autocast=autocast)
+        shuffled = held_out.losses(network, shuffled=True, autocast=autocast)
+        network.train()
+        return cls(prior, steered, shuffled, held_out.bands)
+
+    @property
+    def gain(self) -> Gap:
+        """How far the steered loss lies below the prior's."""
+        return Gap.of(self.prior - self.steered)
+
+    @property
+    def control(self) -> Gap:
+        """How much is lost when conditions are exchanged: whether the condition is used."""
+        return Gap.of(self.shuffled - self.steered)
+
+    def row(self) -> dict[str, Any]:
+        """For the log."""
+        kinds = {"prior": self.prior, "steered": self.steered, "shuffled": self.shuffled}
+        means = {name: losses.nanmean().item() for name, losses in kinds.items()}
+        bands = {
+            band: {name: losses[i].nanmean().item() for name, losses in kinds.items()}
+            for i, band in enumerate(self.bands)
+        }
+        return {
+            **means,
+            "gain": self.gain.mean,
+            "gain_error": self.gain.error,
+            "control": self.control.mean,
+            "control_error": self.control.error,
+            "bands": bands,
+        }
+
+
+class Monitor:
+    """Used as a context: the progress bar is there within it. Only the main process shows and writes anything.
+
+    Args:
+        output_dir: Of the run.
+        accelerator: Of the run.
+        report_to: Trackers; see `TrainConfig`.
+        total: Optimizer updates of the whole run.
+    """
+
+    def __init__(self, output_dir: Path, accelerator: Accelerator, total: int | None, description: str) -> None:
+        self.output_dir, self.accelerator = output_dir, accelerator
+        self.console = Console(stderr=True, quiet=not accelerator.is_main_process)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+            disable=not accelerator.is_main_process,
+        )
+        self.total, self.description = total, description
+        self.held_out = ""
+        self._task = TaskID(0)
+        self._since = (time.perf_counter(), 0)
+
+    def __enter__(self) -> Monitor:
+        self.progress.start()
+        self._task = self.progress.add_task(self.description, total=self.total, figures="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def resume(self, step: int) -> None:
+        """Go on at a step: what the log holds of later ones, which were lost, is cut off."""
+        self._since = (time.perf_counter(), step)
+        self.progress.update(self._task, completed=step)
+        log = self.output_dir / LOG
+        if self.accelerator.is_main_process and log.exists():
+            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if step and _step(line) <= step]
+            partial = log.with_suffix(".partial")
+            partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            partial.replace(log)
+
+    def advance(self, step: int, loss: float, batch_size: int) -> None:
+        """Show an update."""
+        since, first = self._since
+        speed = (step - first) * batch_size / (time.perf_counter() - since)
+        figures = (
+            f"loss {loss:.4f}  {self.held_out}{speed:.1f} images/s  {memory_used(self.accelerator.device) / 1e9:.1f} GB"
+        )
+        self.progress.update(self._task, completed=step, figures=figures)
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Append a row to the log, and report it."""
+        if "steered" in row:
+            self.held_out = f"held-out {row['steered']:.4f} (prior {row['prior']:.4f})  "
+        if not self.accelerator.is_main_process:
+            return
+        with (self.output_dir / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
+        flat = {name: value for name, value in row.items() if isinstance(value, float)}
+        for band, figures in row.get("bands", {}).items():
+            flat |= {f"t {band}/{name}": value for name, value in figures.items()}
+        self.accelerator.log(flat, step=row["step"])
+
+    def say(self, message: str) -> None:
+        """A line above the bar."""
+        self.console.print(message, highlight=False, soft_wrap=True)
+
+    def pictures(self, pipe: Any, network: BPSModel, watched: HeldOut, count: int, step: int) -> None:
+        """Write and report condition | generated | target for some of the watched pairs, seeds fixed."""
+        if not self.accelerator.is_main_process or not count:
+            return
+        pairs, autocast = watched.pairs, self.accelerator.autocast
+        size = pairs.pairs.sizes[0]  # pictures of one size
+        chosen = [i for i, other in enumerate(pairs.pairs.sizes) if other == size]
+        chosen = [chosen[i] for i in spread(len(chosen), count)]
+        samples = [pairs[i, 0] for i in chosen]
+        conditions, factor = conditions_of(samples), pipe.vae.config.scaling_factor
+        network.eval()
+        with torch.no_grad():
+            with autocast(), steer(pipe, network, conditions, plan=None):
+                latents = steered_pictures(
+                    pipe,
+                    None,
+                    [sample.texts[0] for sample in samples],
+                    None,
+                    seeds=chosen,
+                    height=size[0],
+                    width=size[1],
+                    output_type="latent",
+                )
+            made = pipe.vae.decode(torch.as_tensor(latents).to(pipe.vae.dtype) / factor).sample.float().cpu()
+        network.train()
+        targets = [pairs.pairs.view(i, 0)[0] for i in chosen]
+        sheet = [
+            picture
+            for condition, image, target in zip(conditions, made, targets, strict=True)
+            for picture in (condition.expand(3, -1, -1) * 2 - 1, image, target)
+        ]
+        file = self.output_dir / "validation" / f"step-{step:06d}.png"
+        scale = max(1, 128 // size[1])
+        save_grid(torch.stack(sheet), file, columns=3, scale=scale, headings=("condition", "generated", "target"))
+        for tracker in self.accelerator.trackers:
+            images = np.stack([np.asarray(to_pil(image)) for image in made])
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"generated": images}, step=step, **layout)
+
+
+def memory_used(device: torch.device) -> int:
+    """Bytes: at most so far on a GPU, now on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def _step(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return 2**63  # cut short

@@ -1,0 +1,80 @@
+"""What moves the weights, and their running average."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+
+from powersteer.errors import PowersteerError
+from powersteer.model import BPSModel
+from powersteer.training.config import TrainConfig
+
+
+def make_optimizer(config: TrainConfig, network: BPSModel) -> torch.optim.Optimizer:
+    """AdamW on the network's trainable weights, in 8 bits where asked for.
+
+    Raises:
+        PowersteerError: 8-bit AdamW is asked for and bitsandbytes or a GPU is missing.
+    """
+    kind: Any = torch.optim.AdamW
+    if config.use_8bit_adam:
+        if importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available():
+            raise PowersteerError("use_8bit_adam=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
+        kind = importlib.import_module("bitsandbytes").optim.AdamW8bit
+    return kind(
+        [parameter for parameter in network.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+    )
+
+
+class Average:
+    """The running average of the weights, which is what is validated and kept; without a decay, they are themselves.
+
+    Args:
+        parameters: The weights.
+        decay: Of the average, reached after a warm-up; None for no average.
+        device: Where it is kept.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], decay: float | None, device: torch.device) -> None:
+        self._ema = None if decay is None else EMAModel(parameters, decay=decay, use_ema_warmup=True, power=0.75)
+        self._device = device
+        if self._ema is not None:
+            self._ema.to(device)
+
+    def step(self, parameters: list[torch.nn.Parameter]) -> None:
+        """After an update."""
+        if self._ema is not None:
+            self._ema.step(parameters)
+
+    @contextmanager
+    def applied(self, parameters: list[torch.nn.Parameter]) -> Generator[None]:
+        """Within the block, the weights are their average."""
+        if self._ema is None:
+            yield
+            return
+        self._ema.store(parameters)
+        self._ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self._ema.restore(parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {} if self._ema is None else self._ema.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        if self._ema is not None:
+            self._ema.load_state_dict(state)
+            self._ema.to(self._device)

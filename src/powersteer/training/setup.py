@@ -1,0 +1,145 @@
+"""The parts of a run, made from its configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
+
+from powersteer.base import load_adapter
+from powersteer.conditions.kinds import conditioning_record
+from powersteer.data.layouts import Columns, hub_rows
+from powersteer.data.pairs import Pairs, Size, Views, bucket_sizes
+from powersteer.errors import PowersteerError
+from powersteer.hardware import native_precision
+from powersteer.model import BPSModel
+from powersteer.steering import check_fits
+from powersteer.training.config import TrainConfig
+from powersteer.training.monitor import check_trackers
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The processes and the precision of a run.
+
+    Raises:
+        PowersteerError: The precision is not one of this machine, or a tracker is not installed.
+    """
+    # Accelerate keeps the first precision for the whole process; an earlier run here may have had another.
+    AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
+    precision = precision_of(config)
+    trackers: Any = check_trackers(config.report_to)
+    logs = str(config.output_dir / "logs")
+    try:
+        return Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=logs),
+        )
+    except ValueError as error:
+        raise PowersteerError(f"mixed_precision={precision} is not possible here: {error}") from None
+
+
+def precision_of(config: TrainConfig) -> str:
+    """``no``, ``bf16`` or ``fp16``."""
+    if config.mixed_precision != "auto":
+        return config.mixed_precision
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[native_precision(device)]
+
+
+def autocast_dtype(mixed_precision: str) -> torch.dtype:
+    """What ``no``, ``bf16`` or ``fp16`` stands for."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+
+
+def base_dtype(mixed_precision: str, device_type: str) -> torch.dtype:
+    """Of the frozen U-Net: half where that halves its memory; a CPU's normalisations want all in one precision."""
+    return torch.float32 if device_type == "cpu" else autocast_dtype(mixed_precision)
+
+
+def new_network(config: TrainConfig, pipe: Any) -> BPSModel:
+    """The network to train: untrained, or with the weights of ``init_from``.
+
+    Raises:
+        PowersteerError: ``init_from`` is no adapter for the base, or ``weights`` do not fit it.
+    """
+    if config.init_from is not None:
+        network = load_adapter(config.init_from)
+        check_fits(network, pipe)
+    else:
+        torch.manual_seed(config.seed)
+        arguments = network_arguments(config, pipe.scheduler.config.prediction_type, pipe.vae_scale_factor)
+        try:
+            network = BPSModel.from_unet(pipe.unet, **arguments)
+        except ValueError as error:
+            raise PowersteerError(f"'weights': {error}") from None
+    if config.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    return network
+
+
+def network_arguments(config: TrainConfig, prediction_type: str, vae_scale_factor: int) -> dict[str, Any]:
+    """Of `BPSModel.from_unet`."""
+    return {
+        "conditioning_channels": config.conditioning_channels,
+        "pixel_unshuffle": vae_scale_factor,
+        "preset": config.network,
+        "weights": config.weights,
+        "prediction_type": prediction_type,
+        "conditioning": conditioning_record(config.conditioning_kind),
+        "dropout": config.dropout,
+    }
+
+
+def picture_size(config: TrainConfig, unet_config: Any, vae_scale_factor: int) -> tuple[Size, int]:
+    """Pixels (height, width) to train at, and what both must be multiples of.
+
+    Raises:
+        PowersteerError: The resolution is no such multiple.
+    """
+    step = vae_scale_factor * 2 ** (len(unet_config["block_out_channels"]) - 1)
+    given = config.resolution or unet_config["sample_size"] * vae_scale_factor
+    size = (given, given) if isinstance(given, int) else given
+    for side in size:
+        if side < step or side % step:
+            below = max(step, side // step * step)
+            raise PowersteerError(f"resolution {side} is no multiple of {step}: give {below} or {below + step}")
+    return size, step
+
+
+def update_count(config: TrainConfig, pairs: int, processes: int) -> int:
+    """Optimizer updates of the whole run."""
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    batch = config.train_batch_size * config.gradient_accumulation_steps * processes
+    return -(-pairs // batch) * (config.num_train_epochs or 1)
+
+
+def columns_of(config: TrainConfig) -> Columns:
+    """What the data calls its columns."""
+    return Columns(
+        config.image_column, config.conditioning_image_column, config.caption_column, config.generated_caption_column
+    )
+
+
+def read_pairs(config: TrainConfig, folder: Path | None, size: Size, step: int, *, plain: bool) -> Pairs:
+    """The pairs of a folder, or of the Hub; (``plain``) without their mirrored and cut-out views."""
+    columns, source = columns_of(config), folder
+    if source is None:
+        source = hub_rows(str(config.dataset_name), config.dataset_config_name, config.dataset_split, columns)
+    return Pairs(
+        source,
+        size,
+        config.conditioning_channels,
+        None if plain else config.max_train_samples,
+        kind=config.conditioning_kind,
+        columns=columns,
+        default_prompt=config.default_prompt,
+        buckets=bucket_sizes(size, step) if config.aspect_ratio_buckets else None,
+        views=Views() if plain else Views(config.random_flip, config.random_crops),
+    )
