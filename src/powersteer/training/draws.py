@@ -36,6 +36,11 @@ def noise(seed: int, step: int, places: range, shape: tuple[int, ...]) -> torch.
     return torch.stack([_noise(_seed(seed, step, place), shape) for place in places])
 
 
+def seed_dropout(seed: int, step: int, places: range) -> None:
+    """Seed torch's own generators, which drop-out draws from. Right before the forward pass: data loaders draw too."""
+    torch.manual_seed(_seed(seed, step, -1 - places.start))
+
+
 def prompt_of(sample: Sample, chance: torch.Tensor, config: TrainConfig) -> str:
     """The prompt a sample is trained with: empty, its own, or out of the method's mix.
 

@@ -34,7 +34,7 @@ from powersteer.training.checkpoint import (
     set_aside_later,
 )
 from powersteer.training.config import TrainConfig
-from powersteer.training.draws import draw, noise, prompt_of
+from powersteer.training.draws import draw, noise, prompt_of, seed_dropout
 from powersteer.training.heldout import HeldOut
 from powersteer.training.monitor import Monitor, Validation
 from powersteer.training.objective import denoising_target, min_snr_weights, noise_schedule
@@ -217,7 +217,6 @@ def fit(
         while not finished() and not interrupted:
             # 1. A batch: what chance decides is a function of (seed, step), so that a resumed run sees the same.
             draws = draw(config, state.step, share.batch_size, schedule.config["num_train_timesteps"])
-            torch.manual_seed(config.seed + state.step)  # for drop-out
             losses: list[torch.Tensor] = []
             names: list[str] = []
             for accumulation_step in range(accumulation):
@@ -234,6 +233,7 @@ def fit(
                 # until the gradient is there, since gradient checkpointing runs it again.
                 noisy = schedule.add_noise(latents, epsilon, timesteps)
                 to = {"device": accelerator.device, "dtype": pipe.unet.dtype}
+                seed_dropout(config.seed, state.step, places)
                 with accelerator.accumulate(steered), steer(pipe.unet, network, condition, plan=None):
                     guess = steered(noisy.to(**to), timesteps.to(accelerator.device), **_moved(inputs, **to))
                     target = denoising_target(schedule, latents, epsilon, timesteps).to(accelerator.device)
