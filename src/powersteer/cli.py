@@ -346,11 +346,10 @@ def bench_train(
         )
     out.print(table)
     out.print(f"{result.shape}, {result.pixels} px, {result.precision}, median of {result.rounds}; {result.machine}")
-    if result.epochs is not None:
-        epochs = result.epochs
+    for epochs in result.epochs:
         out.print(
-            f"an epoch of {epochs.pairs} pairs: {epochs.cached:.2f} s cached, {epochs.uncached:.2f} s not, "
-            f"{epochs.ratio:.2f} times as long"
+            f"an epoch of {epochs.pairs} pairs, files of {epochs.stored} px: {epochs.cached:.2f} s cached, "
+            f"{epochs.uncached:.2f} s not, {epochs.ratio:.2f} times as long"
         )
     _write_json(json_file, result.as_json())
 

@@ -6,8 +6,8 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 
 from powersteer.base import load_base
@@ -23,6 +23,7 @@ from powersteer.bench.shapes import Shape, machine, make_controlnet, make_t2i_ad
 from powersteer.data.encode import EncodedPairs, conditions_of, encode_pairs, unet_inputs
 from powersteer.data.pairs import Pairs
 from powersteer.data.rows import Picture, Row
+from powersteer.hardware import fast_attention, native_precision
 from powersteer.memory import TensorBytes
 from powersteer.model import BPSModel
 from powersteer.steering import steer
@@ -30,6 +31,7 @@ from powersteer.training.memory import estimate_memory
 
 LEARNING_RATE = 1e-5
 EPOCH_PAIRS, EPOCH_BATCH = 128, 16
+STORED = (64, 512)
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,11 @@ class StepRow:
 
 @dataclass(frozen=True)
 class Epochs:
-    """An epoch of small pictures on the embedded base, seconds."""
+    """An epoch on the embedded base, seconds."""
 
     pairs: int
+    stored: int
+    """Side of the picture files, pixels."""
     batch_size: int
     cached: float
     uncached: float
@@ -77,7 +81,8 @@ class TrainBench:
     rounds: int
     machine: str
     rows: list[StepRow]
-    epochs: Epochs | None
+    epochs: list[Epochs]
+    """With and without the cache: files of the size trained at, and of the size people have."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -93,11 +98,11 @@ class _Trainee:
     context: Callable[[], Any] = nullcontext
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=LEARNING_RATE)
+        self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=LEARNING_RATE, fused=True)
 
-    def step(self, target: torch.Tensor, autocast: Callable[[], Any]) -> None:
+    def step(self, target: torch.Tensor, precision: torch.dtype) -> None:
         with self.context():
-            with autocast():
+            with _autocast(target.device.type, precision):
                 loss = F.mse_loss(self.predict().float(), target)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
@@ -135,9 +140,6 @@ def bench_train(
     side, steps = unet.config["sample_size"], 4 if shape == "tiny" else 1
     target = torch.randn(batch_size, 4, side, side, device=device)
 
-    def autocast() -> Any:
-        return nullcontext() if precision == torch.float32 else torch.autocast(torch.device(device).type, precision)
-
     names = ["ControlNet", "BPS paper", "BPS lite", "T2I-Adapter"]
     times: dict[str, list[float]] = {name: [] for name in names}
     peaks: dict[str, int] = {}
@@ -149,15 +151,15 @@ def bench_train(
                 network: Any = trainee.trained
                 if network._supports_gradient_checkpointing:
                     network.enable_gradient_checkpointing()
-            trainee.step(target, autocast)
+            trainee.step(target, precision)
             since = time.perf_counter()
             for _ in range(steps):
-                trainee.step(target, autocast)
+                trainee.step(target, precision)
             wait(device)
             times[name].append((time.perf_counter() - since) / steps)
             if round_ == 0:
                 sizes[name] = sum(p.numel() for p in trainee.trained.parameters() if p.requires_grad)
-                peaks[name] = _peak(trainee, unet, target, autocast, device)
+                peaks[name] = _peak(trainee, unet, target, precision)
             del trainee
             gc.collect()
     rows = [
@@ -181,21 +183,26 @@ def bench_train(
         rounds,
         machine(device),
         rows,
-        bench_epochs(device, rounds) if shape == "tiny" else None,
+        [bench_epochs(stored, device, rounds) for stored in STORED] if shape == "tiny" else [],
     )
 
 
-def bench_epochs(device: str = "cpu", rounds: int = 3) -> Epochs:
-    """Time epochs of the embedded base with and without the cache, the method ``lite`` in training."""
+def bench_epochs(stored: int, device: str = "cpu", rounds: int = 3) -> Epochs:
+    """Time epochs of the embedded base with and without the cache, the method ``lite`` in training.
+
+    Args:
+        stored: Side of the picture files, pixels; they are trained on at 64.
+        device: Where to measure.
+        rounds: Epochs of each kind that count, taken in turns.
+    """
     pipe: Any = load_base()
     pipe.to(device)
     model: Any = BPSModel.from_unet(pipe.unet, pixel_unshuffle=pipe.vae_scale_factor, preset="lite")
     model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    rng = np.random.default_rng(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     with tempfile.TemporaryDirectory() as folder:
-        pairs = Pairs(list(_rows(Path(folder), side, rng)), (side, side))
+        pairs = Pairs(list(_rows(Path(folder), stored)), (side, side))
         kinds = {True: encode_pairs(pipe, pairs, Path(folder) / "cache"), False: encode_pairs(pipe, pairs)}
         times: dict[bool, list[float]] = {True: [], False: []}
         for round_ in range(rounds + 1):
@@ -205,7 +212,14 @@ def bench_epochs(device: str = "cpu", rounds: int = 3) -> Epochs:
                 wait(device)
                 if round_ > 0:
                     times[cached].append(time.perf_counter() - since)
-    return Epochs(EPOCH_PAIRS, EPOCH_BATCH, statistics.median(times[True]), statistics.median(times[False]))
+    return Epochs(EPOCH_PAIRS, stored, EPOCH_BATCH, statistics.median(times[True]), statistics.median(times[False]))
+
+
+@contextmanager
+def _autocast(device_type: str, precision: torch.dtype) -> Generator[None]:
+    enabled = precision != torch.float32
+    with torch.autocast(device_type, precision, enabled=enabled), fast_attention(device_type, precision):
+        yield
 
 
 def _trainee(
@@ -254,16 +268,16 @@ def _trainee(
     )
 
 
-def _peak(trainee: _Trainee, unet: nn.Module, target: torch.Tensor, autocast: Callable[[], Any], device: str) -> int:
+def _peak(trainee: _Trainee, unet: nn.Module, target: torch.Tensor, precision: torch.dtype) -> int:
     """Bytes of all tensors at their peak within a step."""
-    if torch.device(device).type == "cuda":
+    if target.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        trainee.step(target, autocast)
+        trainee.step(target, precision)
         return torch.cuda.max_memory_allocated()
     state = [t for s in trainee.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
     kept = [*unet.parameters(), *trainee.trained.parameters(), *state]
     with TensorBytes(kept) as counted:
-        trainee.step(target, autocast)
+        trainee.step(target, precision)
     return counted.peak + sum(tensor.nbytes for tensor in kept)
 
 
@@ -286,19 +300,24 @@ def _estimated(
     ).total
 
 
-def _rows(folder: Path, side: int, rng: np.random.Generator) -> Iterator[Row]:
-    """Pairs of noise in files."""
+def _rows(folder: Path, side: int) -> Iterator[Row]:
+    """Pairs in files: a coloured ellipse on white, and its outline."""
+    rng = np.random.default_rng(0)
     for i in range(EPOCH_PAIRS):
+        corners = (rng.random(4) * side / 2 + [0, 0, side / 2, side / 2]).tolist()
+        image, drawing = Image.new("RGB", (side, side), "white"), Image.new("L", (side, side))
+        ImageDraw.Draw(image).ellipse(corners, fill=tuple(rng.integers(0, 256, 3).tolist()))
+        ImageDraw.Draw(drawing).ellipse(corners, outline=255, width=max(1, side // 64))
         pictures: list[Picture] = []
-        for kind, shape in (("image", (side, side, 3)), ("condition", (side, side))):
+        for kind, picture in (("image", image), ("condition", drawing)):
             file = folder / f"{kind}-{i}.png"
-            Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(file)
+            picture.save(file)
             pictures.append(Picture(str(file), kind, file.read_bytes, file))
         yield Row(f"pairs[{i}]", *pictures, texts=(f"thing number {i}",))
 
 
 def _epoch(pipe: Any, model: BPSModel, optimizer: torch.optim.Optimizer, encoded: EncodedPairs) -> None:
-    device = pipe.unet.device
+    device, precision = pipe.unet.device, native_precision(pipe.unet.device)
     for start in range(0, len(encoded), EPOCH_BATCH):
         samples = [encoded[i, 0] for i in range(start, start + EPOCH_BATCH)]
         latents, condition = encoded.latents(samples).to(device), conditions_of(samples)
@@ -307,6 +326,8 @@ def _epoch(pipe: Any, model: BPSModel, optimizer: torch.optim.Optimizer, encoded
         with steer(pipe.unet, model, condition, plan=None):
             noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
             text = states["encoder_hidden_states"].to(device)
-            F.mse_loss(pipe.unet(noisy, timesteps.to(device), text).sample, noise).backward()
+            with _autocast(device.type, precision):
+                guess = pipe.unet(noisy, timesteps.to(device), text).sample
+            F.mse_loss(guess.float(), noise).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from powersteer.config import StrictConfig
-from powersteer.hardware import native_precision
+from powersteer.hardware import fast_attention, native_precision
 from powersteer.pretrain.muon import MuonAdamW
 
 Loss = Callable[[int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
@@ -96,7 +96,7 @@ def fit(
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * _schedule(step, config)
-            with autocast(device):
+            with autocast(device), fast_attention(device.type, native_precision(device)):
                 value, figures = loss(step, generator)
             if not torch.isfinite(value):
                 raise FloatingPointError(f"{stage_dir.name}: loss is {value.item()} at step {step}")

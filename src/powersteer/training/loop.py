@@ -23,6 +23,7 @@ from torch import nn
 from powersteer.data.encode import EncodedPairs, Sample, TextStates, conditions_of, unet_inputs
 from powersteer.data.order import Share
 from powersteer.errors import PowersteerError
+from powersteer.hardware import fast_attention
 from powersteer.model import BPSModel
 from powersteer.steering import steer
 from powersteer.training.checkpoint import (
@@ -39,6 +40,7 @@ from powersteer.training.heldout import HeldOut
 from powersteer.training.monitor import Monitor, Validation
 from powersteer.training.objective import denoising_target, min_snr_weights, noise_schedule
 from powersteer.training.optimizer import Average, make_optimizer
+from powersteer.training.setup import autocast_dtype
 
 PROBE = 64
 """Training pairs that are watched on fixed noise."""
@@ -143,6 +145,7 @@ def fit(
         num_training_steps=config.max_train_steps or last_step,
     )
     schedule, autocast = noise_schedule(pipe), accelerator.autocast
+    attention = fast_attention(accelerator.device.type, autocast_dtype(accelerator.mixed_precision))
     accumulation = config.gradient_accumulation_steps
     share = Share(config.train_batch_size, accumulation, accelerator.num_processes, accelerator.process_index)
 
@@ -234,7 +237,7 @@ def fit(
                 noisy = schedule.add_noise(latents, epsilon, timesteps)
                 to = {"device": accelerator.device, "dtype": pipe.unet.dtype}
                 seed_dropout(config.seed, state.step, places)
-                with accelerator.accumulate(steered), steer(pipe.unet, network, condition, plan=None):
+                with accelerator.accumulate(steered), steer(pipe.unet, network, condition, plan=None), attention:
                     guess = steered(noisy.to(**to), timesteps.to(accelerator.device), **_moved(inputs, **to))
                     target = denoising_target(schedule, latents, epsilon, timesteps).to(accelerator.device)
                     loss = F.mse_loss(guess.float(), target, reduction="none").mean((1, 2, 3))  # (B,)
@@ -260,7 +263,6 @@ def fit(
             state.saw(names)
             state.step += 1
             interrupted, state.seconds = bool(everyone[:, 1].any()), everyone[0, 2].item()
-            monitor.advance(state.step, state.loss, share.batch_size)
 
             # 4. Held-out loss, the best weights, pictures, checkpoints.
             last = finished()
@@ -269,6 +271,7 @@ def fit(
                     validate()
                 if state.step % config.validation_image_steps == 0 or last:
                     monitor.pictures(pipe, network, watched, config.num_validation_images, state.step)
+            monitor.advance(state.step, state.loss, share.batch_size)
             if state.step % config.checkpointing_steps == 0 or interrupted or finished():
                 save()
     return state, interrupted and not finished()

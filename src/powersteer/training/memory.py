@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from powersteer.hardware import fast_attention
 from powersteer.memory import TensorBytes
 from powersteer.model import BPSModel
 from powersteer.steering import steer
@@ -65,8 +66,7 @@ def estimate_memory(
         use_8bit_adam: Whether the optimizer keeps two bytes a weight, not eight.
         ema: Whether a running average of the weights is kept.
         other_base_bytes: What else stays on the device: VAE, text encoder.
-        device_type: ``cpu``, or ``cuda``: there AdamW takes all weights at once, which needs room for a copy of them,
-            and autocast leaves the norms in float32.
+        device_type: ``cpu``, or ``cuda``: there autocast leaves the norms in float32.
 
     Raises:
         ValueError: ``network`` is wrong; see `BPSModel.from_unet`.
@@ -77,7 +77,7 @@ def estimate_memory(
         _freeze(unet.eval(), base_dtype)
         model = BPSModel.from_unet(unet, **network)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = None if use_8bit_adam else torch.optim.AdamW(trained, foreach=device_type != "cpu")
+        optimizer = None if use_8bit_adam else torch.optim.AdamW(trained, fused=True)
         if optimizer is not None:
             _make_state(optimizer, trained)
         if gradient_checkpointing:
@@ -98,7 +98,8 @@ def estimate_memory(
             inputs = _inputs(unet, batch_size, size, text_length, base_dtype)
             target = torch.zeros(batch_size, unet.config["out_channels"], *size)
             for _ in range(1 + gradient_accumulation):
-                with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+                autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
+                with autocast, fast_attention(device_type, precision):
                     guess = unet(**inputs).sample
                 loss = F.mse_loss(guess.float(), target)
                 loss.backward()

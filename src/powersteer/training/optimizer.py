@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def make_optimizer(config: TrainConfig, network: BPSModel) -> torch.optim.Optimi
     Raises:
         PowersteerError: 8-bit AdamW is asked for and bitsandbytes or a GPU is missing.
     """
-    kind: Any = torch.optim.AdamW
+    kind: Any = partial(torch.optim.AdamW, fused=True)
     if config.use_8bit_adam:
         if importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available():
             raise PowersteerError("use_8bit_adam=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
