@@ -22,6 +22,8 @@ def native_precision(device: torch.device) -> torch.dtype:
 def fast_attention(device_type: str, precision: torch.dtype) -> AbstractContextManager[Any]:
     """Within it, attention trains fast: a CPU has a fast backward pass of attention in float32 alone.
 
+    Forward and backward pass go within, for gradient checkpointing computes again on the way back.
+
     Args:
         device_type: ``cpu``, ``cuda``, …
         precision: Of autocast.

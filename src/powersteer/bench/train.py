@@ -6,8 +6,8 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,9 @@ class _Trainee:
         self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=LEARNING_RATE, fused=True)
 
     def step(self, target: torch.Tensor, precision: torch.dtype) -> None:
-        with self.context():
-            with _autocast(target.device.type, precision):
+        device_type = target.device.type
+        with self.context(), fast_attention(device_type, precision):
+            with torch.autocast(device_type, precision, enabled=precision != torch.float32):
                 loss = F.mse_loss(self.predict().float(), target)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
@@ -215,13 +216,6 @@ def bench_epochs(stored: int, device: str = "cpu", rounds: int = 3) -> Epochs:
     return Epochs(EPOCH_PAIRS, stored, EPOCH_BATCH, statistics.median(times[True]), statistics.median(times[False]))
 
 
-@contextmanager
-def _autocast(device_type: str, precision: torch.dtype) -> Generator[None]:
-    enabled = precision != torch.float32
-    with torch.autocast(device_type, precision, enabled=enabled), fast_attention(device_type, precision):
-        yield
-
-
 def _trainee(
     name: str, shape: Shape, unet: Any, factor: int, batch_size: int, device: str, precision: torch.dtype
 ) -> _Trainee:
@@ -323,10 +317,10 @@ def _epoch(pipe: Any, model: BPSModel, optimizer: torch.optim.Optimizer, encoded
         latents, condition = encoded.latents(samples).to(device), conditions_of(samples)
         noise, timesteps = torch.randn_like(latents), torch.randint(1000, (len(latents),))
         states = encoded.texts([sample.texts[0] for sample in samples])
-        with steer(pipe.unet, model, condition, plan=None):
+        with steer(pipe.unet, model, condition, plan=None), fast_attention(device.type, precision):
             noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
             text = states["encoder_hidden_states"].to(device)
-            with _autocast(device.type, precision):
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 guess = pipe.unet(noisy, timesteps.to(device), text).sample
             F.mse_loss(guess.float(), noise).backward()
         optimizer.step()

@@ -94,12 +94,12 @@ def estimate_memory(
     with ExitStack() as steering:
         # `steer` looks at the condition's values: it is real, and the block is entered outside the fake mode.
         steering.enter_context(steer(unet, model, condition, plan=None))
+        steering.enter_context(fast_attention(device_type, precision))
         with fake, TensorBytes([*unet.parameters(), *model.parameters(), *kept]) as counted:
             inputs = _inputs(unet, batch_size, size, text_length, base_dtype)
             target = torch.zeros(batch_size, unet.config["out_channels"], *size)
             for _ in range(1 + gradient_accumulation):
-                autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
-                with autocast, fast_attention(device_type, precision):
+                with torch.autocast("cpu", precision, enabled=precision != torch.float32):
                     guess = unet(**inputs).sample
                 loss = F.mse_loss(guess.float(), target)
                 loss.backward()
