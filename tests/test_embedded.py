@@ -84,7 +84,8 @@ def test_readme_example_follows_the_drawing(tmp_path):
 
 
 @pytest.mark.slow
-def test_demo_from_nothing_to_report_and_again(tmp_path):
+def test_demo_from_nothing_to_report_and_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("powersteer.demo.MEASURED_PAIRS", 40)
     result = run_demo(tmp_path, pairs=12, steps=3, pictures=4)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics == result.metrics and metrics["pairs"] == 12 and metrics["steps"] == 3

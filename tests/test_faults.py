@@ -19,13 +19,20 @@ from powersteer.training.checkpoint import list_checkpoints
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-# Forks, so that the libraries are imported once; each child is the command itself, killed at a random moment.
+# Forks, so that the libraries are imported once; each child is the command itself, killed at a random moment after it
+# has come to a random step: as many kills on a slow machine as on a fast one.
 KILLER = """
 import os, random, signal, sys, time
+from pathlib import Path
 import powersteer.training.run
 from powersteer import cli
-chance, kills = random.Random(0), 0
-while True:
+chance, output_dir, last_step = random.Random(0), Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+
+def step():
+    return max((int(folder.name.split("-")[1]) for folder in output_dir.glob("checkpoint-*")), default=0)
+
+kills = 0
+for wanted in [*sorted(chance.randrange(last_step) for _ in range(20)), None]:
     child = os.fork()
     if child == 0:
         sys.argv = ["powersteer", "train", *sys.argv[1:]]
@@ -33,17 +40,19 @@ while True:
             cli.main()
         finally:
             os._exit(1)
-    if kills < 20:
-        time.sleep(chance.uniform(0.4, 2.2))
-        if os.waitpid(child, os.WNOHANG) == (0, 0):
-            os.kill(child, signal.SIGKILL)
-            kills += 1
-            os.waitpid(child, 0)
-            continue
-    else:
+    alive = lambda: os.waitpid(child, os.WNOHANG) == (0, 0)
+    if wanted is None:
         os.waitpid(child, 0)
-    print(kills)
-    break
+        break
+    while step() < wanted and alive():
+        time.sleep(0.005)
+    time.sleep(chance.uniform(0, 0.3))
+    if not alive():
+        sys.exit(f"ended by itself at step {step()}")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+print(kills)
 """
 
 
@@ -80,7 +89,7 @@ def bit_equal(one, other):
 def test_twenty_kills_at_random_moments_change_no_bit(config, tmp_path):
     config = config.model_copy(
         update={
-            "max_train_steps": 500,
+            "max_train_steps": 240,
             "checkpointing_steps": 3,
             "validation_steps": 50,
             "dropout": 0.1,
@@ -90,11 +99,11 @@ def test_twenty_kills_at_random_moments_change_no_bit(config, tmp_path):
     whole = powersteer(config)
     assert whole.returncode == 0, whole.stderr
     killed = config.model_copy(update={"output_dir": tmp_path / "killed"})
-    args = [sys.executable, "-c", KILLER, *command(killed)]
+    args = [sys.executable, "-c", KILLER, str(killed.output_dir), "200", *command(killed)]
     result = subprocess.run(args, capture_output=True, text=True, env=ENVIRONMENT, timeout=500)
     assert result.stdout.split()[-1] == "20", result.stderr[-2000:]
     wanted, found = final(config), final(killed)
-    assert wanted[2]["step"] == 500
+    assert wanted[2]["step"] == 240
     for one, other in zip(wanted, found, strict=True):
         assert bit_equal(one, other)
     best, kept = (BPSModel.from_pretrained(run.output_dir).state_dict() for run in (config, killed))

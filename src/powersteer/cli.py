@@ -205,7 +205,7 @@ def demo(
         int | None, typer.Option(min=8, help="Train on so few pairs only, with the preset few-shot.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer updates at most.")] = None,
-    pictures: Annotated[int, typer.Option(min=2, help="Held-out drawings to generate for.")] = 120,
+    pictures: Annotated[int, typer.Option(min=2, help="Held-out drawings to generate for.")] = 60,
     seed: Annotated[int, typer.Option(help="Of the training and the first picture.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
