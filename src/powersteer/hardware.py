@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 
 def native_precision(device: torch.device) -> torch.dtype:
@@ -31,11 +30,18 @@ def fast_attention(device_type: str, precision: torch.dtype) -> AbstractContextM
     return _Float32Attention() if device_type == "cpu" and precision != torch.float32 else nullcontext()
 
 
-class _Float32Attention(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        query, key, value, *rest = args
+class _Float32Attention:
+    """In place of torch's function, not as a mode of torch's: modes are off while a backward pass computes again."""
+
+    def __enter__(self) -> None:
+        self._plain = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self
+
+    def __exit__(self, *_: object) -> None:
+        F.scaled_dot_product_attention = self._plain
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
-            result = func(query.float(), key.float(), value.float(), *rest, **(kwargs or {}))
-        return result.to(query.dtype)
+            return self._plain(query.float(), key.float(), value.float(), *args, **kwargs).to(query.dtype)
