@@ -6,11 +6,11 @@ z grows with λ as the best denoiser with c outdoes the best one without (Guo, S
 
     d I(z; c) / dλ = ½ [ E‖ε − ε̂_prior(z, λ)‖² − E‖ε − ε̂_posterior(z, λ, c)‖² ]
 
-so the denoising gain, integrated over the schedule from its lowest λ to its highest, is I(z_highest; c) − I(z_lowest; c).
-Left out are, below, what even the noisiest latent tells of c, I(z_lowest; c), which goes to 0 with ᾱ; and, above, what c
-tells of details finer than the least noise, I(x; c) − I(z_highest; c). For denoisers that are learned, not the best, the
-integral is the gain in log-likelihood that they stand for (Kong, Brekelmans & Ver Steeg, ICLR 2023): the steering's own
-faults lower it, and the prior's, where the steering mends them, raise it.
+so the denoising gain, integrated over the schedule from its lowest λ to its highest, is I(z_highest; c) −
+I(z_lowest; c). Left out are, below, what even the noisiest latent tells of c, I(z_lowest; c), which goes to 0 with ᾱ;
+and, above, what c tells of details finer than the least noise, I(x; c) − I(z_highest; c). For denoisers that are
+learned, not the best, the integral is the gain in log-likelihood that they stand for (Kong, Brekelmans & Ver Steeg,
+ICLR 2023): the steering's own faults lower it, and the prior's, where the steering mends them, raise it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ BANDS = 8
 
 Kind = Literal["prior", "steered", "shuffled"]
 ErrorsOf = Callable[[Kind, torch.Tensor, int], torch.Tensor]
-"""Of a denoiser, at timesteps (draws, N), with the noise of a seed: its squared errors of ε a dimension, (draws, N). The
-same seed gives all kinds the same noise."""
+"""Of a denoiser, at timesteps (draws, N), with the noise of a seed: its squared errors of ε a dimension, (draws, N).
+The same seed gives all kinds the same noise."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ def measure_information(
     """Integrate the denoising gain over log-SNR.
 
     Each pair gets ``draws`` log-SNRs, one from each of so many parts that are equally probable under a density that
-    follows the gain; the density is fitted to a pilot of one other draw for each pair. Every gain is that of two denoisers
-    on the same noise, weighted by one over its probability: the estimate has no bias, and pairs are independent, so that
-    the standard error over them is that of the figure.
+    follows the gain; the density is fitted to a pilot of one other draw for each pair. Every gain is that of two
+    denoisers on the same noise, weighted by one over its probability: the estimate has no bias, and pairs are
+    independent, so that the standard error over them is that of the figure.
 
     Args:
         errors: Of the denoisers.
@@ -157,9 +157,7 @@ def denoiser_errors(pipe: Any, model: BPSModel, pairs: EncodedPairs, *, batch_si
 
     def errors(kind: Kind, timesteps: torch.Tensor, seed: int) -> torch.Tensor:
         held_out = HeldOut(pipe, pairs, draws=len(timesteps), seed=seed, timesteps=timesteps)
-        losses = held_out.losses(
-            None if kind == "prior" else model, shuffled=kind == "shuffled", batch_size=batch_size
-        )
+        losses = held_out.losses(None if kind == "prior" else model, shuffled=kind == "shuffled", batch_size=batch_size)
         return losses.double() * noise_error_of_loss(scheduler, timesteps)
 
     return errors
