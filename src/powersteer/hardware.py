@@ -1,10 +1,13 @@
-"""What the machine does fast."""
+"""What the machine is, and what it does fast."""
 
 from __future__ import annotations
 
+import platform
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -31,6 +34,15 @@ def fast_attention(device_type: str, precision: torch.dtype) -> AbstractContextM
     return _Float32Attention() if device_type == "cpu" and precision != torch.float32 else nullcontext()
 
 
+def machine(device: str) -> str:
+    """What was measured on."""
+    if torch.device(device).type == "cuda":
+        chip = torch.cuda.get_device_name()
+    else:
+        chip = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{chip}; Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+
+
 class _Float32Attention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -39,3 +51,11 @@ class _Float32Attention(TorchFunctionMode):
         with torch.autocast("cpu", enabled=False):
             result = func(query.float(), key.float(), value.float(), *rest, **(kwargs or {}))
         return result.to(query.dtype)
+
+
+def _cpu_name() -> str:
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
