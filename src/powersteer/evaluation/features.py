@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 from powersteer.base import load_clip, source_of
 from powersteer.errors import PowersteerError
@@ -63,14 +63,16 @@ class Clip:
         try:
             if (Path(source) / "clip" / "config.json").exists():
                 return cls(*load_clip(Path(source)))
+            from transformers import CLIPImageProcessor  # says something of torchvision when it is imported
+
             processor: Any = CLIPImageProcessor.from_pretrained(source)
             clip = CLIPModel.from_pretrained(source, dtype=torch.float32)
             return cls(clip, CLIPTokenizer.from_pretrained(source), processor.image_mean, processor.image_std)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise PowersteerError(
-                f"cannot load a CLIP from '{name_or_path}': give a base that has one, a folder in transformers' format, "
-                f"or a model of the Hub ({reason})"
+                f"cannot load a CLIP from '{name_or_path}': give a base that has one, a folder in transformers' "
+                f"format, or a model of the Hub ({reason})"
             ) from None
 
     @torch.no_grad()
