@@ -50,7 +50,9 @@ class Clip:
     ) -> None:
         self.clip, self.tokenizer = clip.eval(), tokenizer
         self.mean, self.std = (torch.tensor(list(values))[:, None, None] for values in (mean, std))
-        self.side: int = clip.config.vision_config.image_size
+        config: Any = clip.config
+        self.side: int = config.vision_config.image_size
+        self.length: int = config.text_config.max_position_embeddings
 
     @classmethod
     def load(cls, name_or_path: str) -> Clip:
@@ -92,8 +94,8 @@ class Clip:
     @torch.no_grad()
     def text(self, prompts: list[str]) -> torch.Tensor:
         """Projected embeddings (N, D) of prompts."""
-        length = self.clip.config.text_config.max_position_embeddings
-        given = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        fitted = {"padding": "max_length", "truncation": True, "max_length": self.length}
+        given: Any = self.tokenizer(prompts, **fitted, return_tensors="pt")
         states = self.clip.text_model(given.input_ids.to(self.clip.device)).pooler_output
         return self.clip.text_projection(states).cpu()
 
