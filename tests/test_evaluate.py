@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -9,9 +10,17 @@ import torch
 from conftest import draw_pairs, randomise
 from powersteer import BPSModel, PowersteerError, cli
 from powersteer.base import load_base
+from powersteer.conditions.extractor import EXTRACTORS
 from powersteer.evaluation.evaluate import EvaluateSettings, conditioning_of, evaluate, held_out_folder
 from powersteer.evaluation.figures import Evaluation, Figure, Value
-from powersteer.evaluation.measures import MeasureSettings, as_bytes, distances, fidelity, paired
+from powersteer.evaluation.measures import (
+    MeasureSettings,
+    as_bytes,
+    distances,
+    fidelity,
+    load_condition_extractor,
+    paired,
+)
 from powersteer.pictures import to_pil
 from test_features import clip_dir  # noqa: F401
 
@@ -48,7 +57,9 @@ def run(monkeypatch, capsys):
 
 def test_the_command_writes_every_figure_with_its_protocol(run, data, base_dir, adapter_dir, clip_dir, tmp_path):  # noqa: F811
     args = [data, "--adapter", adapter_dir, "--base", base_dir, "--clip", clip_dir, "--pictures", 4, "--steps", 2]
-    code, out, err = run(*args, "--draws", 2, "--json", tmp_path / "out.json", "--save-pictures", tmp_path / "made")
+    code, out, err = run(
+        *args, "--draws", 2, "--diversity", 1, "--json", tmp_path / "out.json", "--save-pictures", tmp_path / "made"
+    )
     assert code == 0, err
     written = json.loads((tmp_path / "out.json").read_text())
     figures = written["figures"]
@@ -162,6 +173,54 @@ def test_label_maps_layouts_and_styles_have_their_measures():
     (style,) = fidelity("style", {}, pictures, torch.cat([condition, condition[:, :1]], 1), 4)
     assert style.values["steered"].value < 10 < style.values["shuffled"].value
     assert fidelity("pose", {}, pictures, condition, 4) == [] == fidelity("segmentation", {}, pictures, condition, 4)
+
+
+class Seen:
+    """Sees every picture as one that is given: RGB, or ink where it is dark."""
+
+    def __init__(self, palette=None):
+        self.palette = palette
+
+    def __call__(self, subject):
+        return subject.picture if self.palette else subject.picture.convert("L").point(lambda value: 255 - value)
+
+    def record(self):
+        return {"extractor": "seen", "palette": self.palette}
+
+
+def test_an_extractor_looks_for_edges():
+    picture = flat([255, 255, 255])
+    picture[:, :, 5] = -1
+    drawing = (1 - picture[:, :1]) / 2
+    figures = fidelity(
+        "sketch", {}, {"steered": as_bytes(picture), "shuffled": as_bytes(picture.roll(4, 2))}, drawing, 4, Seen()
+    )
+    assert [figure.values["steered"].value for figure in figures] == pytest.approx([1, 1, 1, 1])
+    assert [figure.values["shuffled"].value for figure in figures[:3]] == [0, 0, 0]
+    assert figures[0].protocol["extractor"]["extractor"] == "seen"
+
+
+def test_an_extractor_looks_for_labels_which_go_together_by_name():
+    own = {"green": [0, 255, 0], "blue": [0, 0, 200], "red": [200, 0, 0]}
+    picture = flat([200, 0, 0])
+    picture[..., 8:] = flat([0, 255, 0])[..., 8:]  # red and green, where red and blue were wanted
+    condition = (flat([255, 0, 0]) + 1) / 2
+    condition[..., 8:] = (flat([0, 0, 255])[..., 8:] + 1) / 2
+    (figure,) = fidelity("segmentation", PALETTE, {"steered": as_bytes(picture)}, condition, 4, Seen(own))
+    assert figure.values["steered"].value == pytest.approx((1 + 0) / 2)
+    with pytest.raises(PowersteerError, match="none of the palette's names"):
+        fidelity("layout", PALETTE, {"steered": as_bytes(picture)}, condition, 4, Seen({"sky": [1, 2, 3]}))
+
+
+def test_extractors_of_conditions_are_found_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "powersteer.conditions.catalogue", types.ModuleType("catalogue"))
+    monkeypatch.setattr(EXTRACTORS, "known", {})
+    EXTRACTORS.add("segmentation", "seen")(lambda model="none": Seen({model: [1, 2, 3]}))
+    assert load_condition_extractor(MeasureSettings(), "sketch") is None
+    found = load_condition_extractor(MeasureSettings(extractor="seen", extractor_model="big"), "layout")
+    assert found.record()["palette"] == {"big": [1, 2, 3]}
+    with pytest.raises(PowersteerError, match="there is no extractor 'unseen' for segmentation"):
+        load_condition_extractor(MeasureSettings(extractor="unseen"), "segmentation")
 
 
 def test_lpips_is_measured_when_asked_for(monkeypatch):

@@ -123,7 +123,7 @@ class Evil:
 
 
 def test_what_are_no_weights_of_inception_is_refused(torch_fidelity, tmp_path, capsys):
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
     for name in ("evil.pth", "other.pth", "missing.pth"):
         with pytest.raises(PowersteerError, match="cannot load Inception's weights"):

@@ -185,6 +185,11 @@ def evaluate(
     clip: Annotated[str | None, typer.Option(help="A CLIP in transformers' format; else the base's own.")] = None,
     inception_weights: Annotated[Path | None, typer.Option(help="A file; else they are fetched.")] = None,
     lpips: Annotated[bool, typer.Option("--lpips", help="LPIPS too; its weights are fetched.")] = False,
+    extractor: Annotated[
+        str | None, typer.Option(help="Look for edges or labels in pictures with it: hed, canny, model, …")
+    ] = None,
+    extractor_model: Annotated[str | None, typer.Option(help="Of the extractor 'model'.")] = None,
+    diversity: Annotated[int, typer.Option(help="Conditions drawn under several seeds; 0 for none.")] = 4,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 20,
     save_pictures: Annotated[Path | None, typer.Option(help="A folder for all pictures and grids.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures and their protocol here.")] = None,
@@ -201,6 +206,8 @@ def evaluate(
         "clip": clip,
         "inception_weights": inception_weights,
         "lpips": lpips,
+        "extractor": extractor,
+        "extractor_model": extractor_model,
         "batch_size": batch_size,
     }
     if data is not None and real is None and generated is None:
@@ -211,6 +218,7 @@ def evaluate(
             "pairs": pairs,
             "pictures": pictures,
             "draws": draws,
+            "diversity": diversity,
             "seed": seed,
             "num_inference_steps": steps,
             "guidance_scale": guidance_scale,

@@ -31,6 +31,7 @@ from powersteer.evaluation.measures import (
     distances,
     fidelity,
     load_clip_of,
+    load_condition_extractor,
     load_extractors,
     paired,
     text,
@@ -100,6 +101,7 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> Eval
     console = console or Console(quiet=True)
     subject = _load(settings)
     clip = load_clip_of(settings, settings.base)
+    looking = load_condition_extractor(settings, subject.kind)
     extractors = load_extractors(settings, clip)  # what is missing is said before anything is made
     if settings.pictures and min(settings.pictures, len(subject.pairs)) < FEWEST:
         raise PowersteerError(f"measures of pictures need {FEWEST} at least: give --pictures 0 for none, or more pairs")
@@ -110,7 +112,8 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> Eval
         chosen = spread(len(subject.pairs), settings.pictures)
         pictures, conditions = _draw(subject, chosen, settings, console)
         size, prompts = settings.batch_size, [subject.pairs.texts[i] for i in chosen]
-        of_pictures = fidelity(subject.kind, subject.palette, pictures, conditions, size) + paired(pictures, settings)
+        of_pictures = fidelity(subject.kind, subject.palette, pictures, conditions, size, looking)
+        of_pictures += paired(pictures, settings)
         if clip is not None:
             of_pictures.append(text(clip, pictures, prompts, size))
         real = as_bytes(torch.stack([subject.pairs[i][0] for i in range(len(subject.pairs))]))

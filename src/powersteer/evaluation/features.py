@@ -94,7 +94,7 @@ class Clip:
     @torch.no_grad()
     def text(self, prompts: list[str]) -> torch.Tensor:
         """Projected embeddings (N, D) of prompts."""
-        fitted = {"padding": "max_length", "truncation": True, "max_length": self.length}
+        fitted: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": self.length}
         given: Any = self.tokenizer(prompts, **fitted, return_tensors="pt")
         states = self.clip.text_model(given.input_ids.to(self.clip.device)).pooler_output
         return self.clip.text_projection(states).cpu()

@@ -4,12 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+
+from powersteer.conditions.extractor import Extractor, Subject
+from powersteer.errors import PowersteerError
+from powersteer.pictures import to_pil
 
 NO_LABEL = -1
 TRIM = 0.01
 """Share of a class's pixels that may lie outside its box on each side: a stray pixel moves no box."""
 DIRECTIONS = 64
+
+
+def extract(extractor: Extractor, pictures: torch.Tensor) -> torch.Tensor:
+    """Conditions (N, C, H, W) in [0, 1] of pictures (N, 3, H, W) in [-1, 1], as the extractor sees them."""
+    made = [np.array(extractor(Subject(to_pil(picture)))) for picture in pictures]
+    conditions = torch.from_numpy(np.stack(made)).float() / 255
+    return conditions[:, None] if conditions.ndim == 3 else conditions.permute(0, 3, 1, 2)
+
+
+def extracted_labels(
+    extractor: Extractor, pictures: torch.Tensor, palette: Mapping[str, Sequence[int]]
+) -> torch.Tensor:
+    """Labels (N, H, W) that an extractor of label maps finds in pictures (N, 3, H, W) in [-1, 1].
+
+    Its classes and the palette's go together by name; what it alone knows is `NO_LABEL`.
+
+    Raises:
+        PowersteerError: It shares no class with the palette.
+    """
+    own: Mapping[str, Sequence[int]] = extractor.record().get("palette") or {}
+    order = list(palette)
+    places = torch.tensor([order.index(name) if name in palette else NO_LABEL for name in own] + [NO_LABEL])
+    if not set(own) & set(palette):
+        raise PowersteerError("the extractor's classes have none of the palette's names: give another one")
+    return places[nearest_labels(extract(extractor, pictures), own)]  # label -1 is the last
 
 
 def nearest_labels(pictures: torch.Tensor, palette: Mapping[str, Sequence[int]]) -> torch.Tensor:

@@ -60,6 +60,11 @@ def line_scores(drawings: torch.Tensor, pictures: torch.Tensor, tolerance: int =
     return edge_scores((drawings > INK).float(), dark_lines(pictures), tolerance, present=_dark(pictures))
 
 
+def ink_scores(drawings: torch.Tensor, found: torch.Tensor, tolerance: int = TOLERANCE) -> EdgeScores:
+    """Between the ink of drawings (N, 1, H, W) in [0, 1] and that of others, which an extractor made of pictures."""
+    return edge_scores((drawings > INK).float(), (found > INK).float(), tolerance)
+
+
 def line_f1(drawings: torch.Tensor, pictures: torch.Tensor, tolerance: int = TOLERANCE) -> torch.Tensor:
     """F1 (N,) of `line_scores`."""
     return line_scores(drawings, pictures, tolerance).f1

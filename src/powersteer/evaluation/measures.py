@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,21 @@ import torch
 from pydantic import Field
 
 from powersteer.base import source_of
+from powersteer.conditions.extractor import EXTRACTORS, Extractor
 from powersteer.config import StrictConfig
 from powersteer.evaluation.distribution import few_pictures, frechet_distance, kernel_distance
 from powersteer.evaluation.features import Clip, FeatureExtractor, FeatureName, load_features
-from powersteer.evaluation.fidelity import box_iou, class_boxes, mean_iou, nearest_labels, palette_distance
+from powersteer.evaluation.fidelity import (
+    box_iou,
+    class_boxes,
+    extract,
+    extracted_labels,
+    mean_iou,
+    nearest_labels,
+    palette_distance,
+)
 from powersteer.evaluation.figures import REAL, Figure, Value
-from powersteer.evaluation.lines import TOLERANCE, dark_lines, line_scores
+from powersteer.evaluation.lines import TOLERANCE, dark_lines, ink_scores, line_scores
 from powersteer.evaluation.paired import lpips, psnr, ssim
 
 Pictures = Mapping[str, torch.Tensor]
@@ -31,6 +41,10 @@ class MeasureSettings(StrictConfig):
     """A CLIP in transformers' format, or a base that has one; the base's own by default."""
     inception_weights: Path | None = None
     lpips: bool = False
+    extractor: str | None = None
+    """Of `powersteer.conditions`, by name: finds edges or labels in pictures, to be compared with the condition's."""
+    extractor_model: str | None = None
+    """Of an extractor that takes one."""
     batch_size: int = Field(default=20, gt=0)
     """Pictures made, or measured, at once."""
 
@@ -50,23 +64,58 @@ def load_extractors(settings: MeasureSettings, clip: Clip | None) -> dict[str, F
     return {name: load_features(name, clip=clip, inception_weights=settings.inception_weights) for name in names}
 
 
+def load_condition_extractor(settings: MeasureSettings, kind: str) -> Extractor | None:
+    """The extractor that was asked for, of the condition's kind; of a layout's labels, segmentation's."""
+    if settings.extractor is None:
+        return None
+    import_module("powersteer.conditions.catalogue")  # registers them all
+    task: Any = "segmentation" if kind == "layout" else kind
+    registered = EXTRACTORS.find(task, settings.extractor)
+    return registered.build(**({} if settings.extractor_model is None else {"model": settings.extractor_model}))
+
+
 def fidelity(
-    kind: str, palette: Mapping[str, Sequence[int]], pictures: Pictures, conditions: torch.Tensor, batch_size: int
+    kind: str,
+    palette: Mapping[str, Sequence[int]],
+    pictures: Pictures,
+    conditions: torch.Tensor,
+    batch_size: int,
+    extractor: Extractor | None = None,
 ) -> list[Figure]:
-    """How well pictures keep to conditions (N, C, H, W) in [0, 1]; none for a kind that has no measure."""
+    """How well pictures keep to their conditions; none for a kind that has no measure.
+
+    Args:
+        kind: Of the condition.
+        palette: Of label maps: RGB of each class.
+        pictures: By column.
+        conditions: (N, C, H, W) in [0, 1].
+        batch_size: Pictures looked at at once.
+        extractor: Finds edges or labels in pictures; by default dark lines and nearest colours are looked for.
+    """
 
     def each(measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> dict[str, Value]:
         """Of a measure of pictures in [-1, 1] and conditions."""
         return {name: Value.mean(by_batch(measure, batch_size, x, conditions)) for name, x in pictures.items()}
 
+    seen = {} if extractor is None else {"extractor": dict(extractor.record())}
     if kind == "sketch":
-        edges = {"edges": "dark lines of the picture, ink of the drawing"}
+
+        def scores(images: torch.Tensor, drawings: torch.Tensor) -> torch.Tensor:
+            if extractor is None:
+                lines, agreement = dark_lines(images), line_scores(drawings, images)
+            else:
+                lines = extract(extractor, images)
+                agreement = ink_scores(drawings, lines)
+            columns = (agreement.f1, agreement.precision, agreement.recall, ssim(lines, drawings))
+            return torch.stack(columns, 1).double()  # (N, 4)
+
+        table = {name: by_batch(scores, batch_size, images, conditions) for name, images in pictures.items()}
+        edges = {"edges": "ink of the extractor's drawing" if seen else "dark lines", **seen}
         within = edges | {"tolerance_pixels": TOLERANCE}
+        names = {"edge F1": within, "edge precision": within, "edge recall": within, "edge SSIM": edges | _WINDOW}
         return [
-            Figure("edge F1", "higher", each(lambda x, c: line_scores(c, x).f1), within),
-            Figure("edge precision", "higher", each(lambda x, c: line_scores(c, x).precision), within),
-            Figure("edge recall", "higher", each(lambda x, c: line_scores(c, x).recall), within),
-            Figure("edge SSIM", "higher", each(lambda x, c: ssim(dark_lines(x), c)), edges | _WINDOW),
+            Figure(name, "higher", {kind: Value.mean(of_one[:, i]) for kind, of_one in table.items()}, protocol)
+            for i, (name, protocol) in enumerate(names.items())
         ]
     if kind == "style":
         distance = {"of": "the condition's colours and the picture's", "distance": "sliced Wasserstein-1 in CIELAB"}
@@ -76,11 +125,14 @@ def fidelity(
         return []
     classes = len(palette)
     wanted = nearest_labels(conditions, palette)
-    found = {
-        name: by_batch(lambda x: nearest_labels((x + 1) / 2, palette), batch_size, images)
-        for name, images in pictures.items()
-    }
-    labels = {"labels": "nearest colour of the palette", "classes": classes}
+
+    def labels_of(images: torch.Tensor) -> torch.Tensor:
+        if extractor is None:
+            return nearest_labels((images + 1) / 2, palette)
+        return extracted_labels(extractor, images, palette)
+
+    found = {name: by_batch(labels_of, batch_size, images) for name, images in pictures.items()}
+    labels = {"labels": "the extractor's" if seen else "nearest colour of the palette", "classes": classes, **seen}
     if kind == "segmentation":
         return [Figure("mIoU", "higher", {k: Value(mean_iou(wanted, x, classes)) for k, x in found.items()}, labels)]
     boxes = class_boxes(wanted, classes)
@@ -93,10 +145,12 @@ def paired(pictures: Pictures, settings: MeasureSettings) -> list[Figure]:
 
     def each(measure: Callable[..., torch.Tensor]) -> dict[str, Value]:
         """Of a measure of pictures in [0, 1]."""
+
+        def scaled(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+            return measure((images + 1) / 2, (references + 1) / 2)
+
         return {
-            name: Value.mean(
-                by_batch(lambda x, y: measure((x + 1) / 2, (y + 1) / 2), settings.batch_size, images, pictures[REAL])
-            )
+            name: Value.mean(by_batch(scaled, settings.batch_size, images, pictures[REAL]))
             for name, images in pictures.items()
             if name != REAL
         }
