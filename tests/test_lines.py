@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from powersteer.evaluation.lines import line_f1, luminance
+from powersteer.evaluation.lines import dark_lines, edge_scores, line_f1, line_scores, luminance
 
 
 def blank():
@@ -43,6 +43,22 @@ def test_the_inside_of_a_dark_area_is_not_a_line():
     drawing[..., 4:12, 4:12] = 0  # a frame two pixels wide
     picture[..., 2:14, 2:14] = -1  # a black square
     assert line_f1(drawing, picture).item() == pytest.approx(1.0)
+
+
+def test_precision_and_recall_tell_too_many_lines_from_too_few():
+    drawing, picture = blank()
+    drawing[..., 3, 2:14] = 1
+    picture[..., 3, 2:14] = picture[..., 12, 2:14] = -1
+    scores = line_scores(drawing, picture)
+    assert (scores.precision.item(), scores.recall.item()) == (0.5, 1)
+    assert dark_lines(picture).sum().item() == 24
+
+
+@pytest.mark.parametrize(("tolerance", "wanted"), [(0, 0.0), (2, 1.0)])
+def test_edges_of_any_origin_agree_within_a_given_tolerance(tolerance, wanted):
+    edges, _ = blank()
+    edges[..., 5, 2:14] = 1
+    assert edge_scores(edges, edges.roll(2, -2), tolerance).f1.item() == pytest.approx(wanted)
 
 
 def test_an_empty_picture_scores_zero():

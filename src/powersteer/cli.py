@@ -161,6 +161,85 @@ def _dry_run(settings: TrainConfig, as_json: bool) -> None:
 
 
 @app.command()
+def evaluate(
+    data: Annotated[
+        Path | None,
+        typer.Argument(help="Pairs; of a data set with splits the held-out one is taken.", show_default=False),
+    ] = None,
+    adapter: Annotated[str, typer.Option(help="'sketch', a folder that `train` wrote, or none: the prior.")] = "sketch",
+    base: Annotated[
+        str, typer.Option(help="The frozen base: a name, a folder, or a model of the Hub.")
+    ] = "powersteer-tiny",
+    real: Annotated[Path | None, typer.Option(help="Instead of DATA: a folder of pictures …")] = None,
+    generated: Annotated[Path | None, typer.Option(help="… and another to compare with it.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="Take so many of the held-out pairs; else all.")] = None,
+    pictures: Annotated[int, typer.Option(help="To make of each kind; 0 for the denoising figures alone.")] = 120,
+    draws: Annotated[int, typer.Option(help="Of noise and log-SNR for each pair.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of noise, and of the first picture.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 30,
+    guidance_scale: Annotated[float, typer.Option(min=1.0, help="Strength of the text; 1 is none.")] = 3.0,
+    scheduler: Annotated[str | None, typer.Option(help="As in `generate`; else the base's.")] = None,
+    features: Annotated[
+        list[str] | None, typer.Option(help="clip, hed or inception; may be repeated. clip where there is one.")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="A CLIP in transformers' format; else the base's own.")] = None,
+    inception_weights: Annotated[Path | None, typer.Option(help="A file; else they are fetched.")] = None,
+    lpips: Annotated[bool, typer.Option("--lpips", help="LPIPS too; its weights are fetched.")] = False,
+    extractor: Annotated[
+        str | None, typer.Option(help="Look for edges or labels in pictures with it: hed, canny, model, …")
+    ] = None,
+    extractor_model: Annotated[str | None, typer.Option(help="Of the extractor 'model'.")] = None,
+    diversity: Annotated[int, typer.Option(help="Conditions drawn under several seeds; 0 for none.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 20,
+    save_pictures: Annotated[Path | None, typer.Option(help="A folder for all pictures and grids.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures and their protocol here.")] = None,
+) -> None:
+    """Measure an adapter on held-out pairs, or one folder of pictures against another."""
+    from powersteer.config import build_config
+    from powersteer.evaluation.evaluate import EvaluateSettings
+    from powersteer.evaluation.evaluate import evaluate as run
+    from powersteer.evaluation.folders import evaluate_folders
+    from powersteer.evaluation.measures import MeasureSettings
+
+    measures: dict[str, Any] = {
+        "features": features or None,
+        "clip": clip,
+        "inception_weights": inception_weights,
+        "lpips": lpips,
+        "extractor": extractor,
+        "extractor_model": extractor_model,
+        "batch_size": batch_size,
+    }
+    if data is not None and real is None and generated is None:
+        values = measures | {
+            "data": data,
+            "adapter": None if adapter == "none" else adapter,
+            "base": base,
+            "pairs": pairs,
+            "pictures": pictures,
+            "draws": draws,
+            "diversity": diversity,
+            "seed": seed,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance_scale,
+            "scheduler": scheduler,
+            "save_pictures": save_pictures,
+        }
+        result = run(build_config(values, EvaluateSettings, where="evaluate"), Console(stderr=True))
+    elif data is None and real is not None and generated is not None:
+        result = evaluate_folders(real, generated, build_config(measures, MeasureSettings, where="evaluate"))
+    else:
+        raise PowersteerError("give DATA, the folder of pairs; or --real and --generated, two folders of pictures")
+    table = Table("", *result.columns)
+    for figure in result.figures:
+        table.add_row(figure.heading, *(str(figure.values.get(column, "")) for column in result.columns))
+    out.print(table)
+    for warning in result.warnings:
+        out.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False, soft_wrap=True)
+    _write_json(json_file, result.as_json())
+
+
+@app.command()
 def pretrain(
     config: Annotated[Path, typer.Argument(help="See configs/powersteer-tiny.yaml.", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value; a dot reaches into sections.")] = None,

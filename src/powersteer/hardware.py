@@ -1,10 +1,13 @@
-"""What the machine does fast."""
+"""What the machine is, and what it does fast."""
 
 from __future__ import annotations
 
+import platform
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
 
@@ -30,6 +33,15 @@ def fast_attention(device_type: str, precision: torch.dtype) -> AbstractContextM
     return _Float32Attention() if device_type == "cpu" and precision != torch.float32 else nullcontext()
 
 
+def machine(device: str) -> str:
+    """What was measured on."""
+    if torch.device(device).type == "cuda":
+        chip = torch.cuda.get_device_name()
+    else:
+        chip = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{chip}; Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+
+
 class _Float32Attention:
     """In place of torch's function, not as a mode of torch's: modes are off while a backward pass computes again."""
 
@@ -45,3 +57,11 @@ class _Float32Attention:
     ) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
             return self._plain(query.float(), key.float(), value.float(), *args, **kwargs).to(query.dtype)
+
+
+def _cpu_name() -> str:
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

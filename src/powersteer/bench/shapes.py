@@ -1,12 +1,9 @@
-"""What every bench shares: U-Nets of known shapes on random weights, the other control networks, the machine."""
+"""What every bench shares: U-Nets of known shapes on random weights, the other control networks."""
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
 
@@ -64,20 +61,3 @@ def wait(device: str) -> None:
     """Until the device has done what it was given."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
-
-
-def machine(device: str) -> str:
-    """What was measured on."""
-    if torch.device(device).type == "cuda":
-        chip = torch.cuda.get_device_name()
-    else:
-        chip = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    return f"{chip}; Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
-
-
-def _cpu_name() -> str:
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -19,12 +19,12 @@ from torch import nn
 from powersteer.bench.shapes import (
     Shape,
     conditioning_widths,
-    machine,
     make_controlnet,
     make_t2i_adapter,
     make_unet,
     wait,
 )
+from powersteer.hardware import machine
 from powersteer.memory import TensorBytes
 from powersteer.model import BPSModel
 from powersteer.plan import SteeringPlan

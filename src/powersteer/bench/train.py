@@ -19,11 +19,11 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from powersteer.base import load_base
-from powersteer.bench.shapes import Shape, machine, make_controlnet, make_t2i_adapter, make_unet, wait
+from powersteer.bench.shapes import Shape, make_controlnet, make_t2i_adapter, make_unet, wait
 from powersteer.data.encode import EncodedPairs, conditions_of, encode_pairs, unet_inputs
 from powersteer.data.pairs import Pairs
 from powersteer.data.rows import Picture, Row
-from powersteer.hardware import fast_attention, native_precision
+from powersteer.hardware import fast_attention, machine, native_precision
 from powersteer.memory import TensorBytes
 from powersteer.model import BPSModel
 from powersteer.steering import steer

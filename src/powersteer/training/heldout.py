@@ -53,6 +53,7 @@ class HeldOut:
         limit: Take so many pairs, evenly spread.
         seed: Of the noise.
         accelerator: Shares the work among its processes; each gets the whole result.
+        timesteps: (draws, N), instead of the bands'.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class HeldOut:
         limit: int | None = None,
         seed: int = 0,
         accelerator: Accelerator | None = None,
+        timesteps: torch.Tensor | None = None,
     ) -> None:
         self.pipe, self.pairs, self.draws, self.seed, self.accelerator = pipe, pairs, draws, seed, accelerator
         self.scheduler = noise_schedule(pipe)
@@ -70,7 +72,7 @@ class HeldOut:
         generator = torch.Generator().manual_seed(seed)
         steps = self.scheduler.config["num_train_timesteps"]
         places = (torch.arange(draws)[:, None] + torch.rand(draws, len(self.rows), generator=generator)) / draws
-        self.timesteps = (places * steps).long().clamp(max=steps - 1)
+        self.timesteps = (places * steps).long().clamp(max=steps - 1) if timesteps is None else timesteps
         """(bands, N)."""
         by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
         for place, row in enumerate(self.rows):

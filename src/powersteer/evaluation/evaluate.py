@@ -1,0 +1,331 @@
+"""`powersteer evaluate`: a steering network on held-out pairs, or one folder of pictures beside another."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from pydantic import Field
+from rich.console import Console
+from rich.progress import track
+
+from powersteer.base import EMBEDDED_BASE, load_adapter, load_base
+from powersteer.data.encode import encode_pairs
+from powersteer.data.pairs import Pairs, spread
+from powersteer.errors import PowersteerError
+from powersteer.evaluation.features import weights_sha256
+from powersteer.evaluation.figures import PRIOR, REAL, SHUFFLED, STEERED, Evaluation, Figure, Value, environment
+from powersteer.evaluation.information import denoiser_errors, measure_information
+from powersteer.evaluation.measures import (
+    MeasureSettings,
+    Pictures,
+    as_bytes,
+    as_floats,
+    by_batch,
+    distances,
+    fidelity,
+    load_clip_of,
+    load_condition_extractor,
+    load_extractors,
+    paired,
+    text,
+)
+from powersteer.evaluation.paired import spread_map
+from powersteer.generate import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, SCHEDULERS, Scheduler, steered_pictures
+from powersteer.model import BPSModel
+from powersteer.pictures import from_pil, save_grid, to_pil
+from powersteer.steering import check_fits
+from powersteer.training.heldout import HeldOut
+from powersteer.training.objective import noise_schedule
+
+SPLITS = ("test", "validation", "val")
+"""Sub-folders that hold what no training saw, the first that is there."""
+FEWEST = 4
+"""Pictures."""
+LOSS_DRAWS = 4
+GRID_ROWS = 8
+SHOWN_SEEDS = 4
+
+
+class EvaluateSettings(MeasureSettings):
+    """What is evaluated, and how pictures are made."""
+
+    data: Path
+    adapter: str | None = "sketch"
+    """``None`` evaluates the prior."""
+    base: str = EMBEDDED_BASE
+    pairs: int | None = Field(default=None, ge=2)
+    """Of the held-out split, evenly spread; all of them by default."""
+    pictures: int = Field(default=120, ge=0)
+    """Of each kind; evenly spread over the pairs. None are made for 0."""
+    draws: int = Field(default=8, gt=0)
+    """Of log-SNR and noise for each pair, for the information."""
+    diversity: int = Field(default=4, ge=0)
+    """Conditions for which several seeds are drawn."""
+    diversity_seeds: int = Field(default=8, ge=2)
+    seed: int = 0
+    num_inference_steps: int = Field(default=NUM_INFERENCE_STEPS, gt=0)
+    guidance_scale: float = Field(default=GUIDANCE_SCALE, ge=1)
+    scheduler: Scheduler | None = None
+    save_pictures: Path | None = None
+    """A folder for every picture, a grid, and the spread over seeds."""
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is evaluated, loaded."""
+
+    pipe: Any
+    model: BPSModel | None
+    pairs: Pairs
+    kind: str
+    palette: dict[str, list[int]]
+
+
+def evaluate(settings: EvaluateSettings, console: Console | None = None) -> Evaluation:
+    """Every figure of a steering network on held-out pairs; of the prior, those that it has.
+
+    Args:
+        settings: What, and how.
+        console: Where progress is told.
+
+    Raises:
+        PowersteerError: No such base, adapter or data, weights or a package are missing, or a folder cannot be written.
+    """
+    console = console or Console(quiet=True)
+    subject = _load(settings)
+    clip = load_clip_of(settings, settings.base)
+    looking = load_condition_extractor(settings, subject.kind)
+    extractors = load_extractors(settings, clip)  # what is missing is said before anything is made
+    if settings.pictures and min(settings.pictures, len(subject.pairs)) < FEWEST:
+        raise PowersteerError(f"measures of pictures need {FEWEST} at least: give --pictures 0 for none, or more pairs")
+    warnings: list[str] = []
+    with tempfile.TemporaryDirectory() as cache:
+        figures = list(_denoising(subject, settings, Path(cache), console))
+    if settings.pictures:
+        chosen = spread(len(subject.pairs), settings.pictures)
+        pictures, conditions = _draw(subject, chosen, settings, console)
+        size, prompts = settings.batch_size, [subject.pairs.texts[i] for i in chosen]
+        of_pictures = fidelity(subject.kind, subject.palette, pictures, conditions, size, looking)
+        of_pictures += paired(pictures, settings)
+        if clip is not None:
+            of_pictures.append(text(clip, pictures, prompts, size))
+        real = as_bytes(torch.stack([subject.pairs[i][0] for i in range(len(subject.pairs))]))
+        for name, extractor in extractors.items():
+            made = {kind: by_batch(extractor, size, pictures[kind]) for kind in (PRIOR, STEERED) if kind in pictures}
+            of_one, warning = distances(name, extractor.record(), by_batch(extractor, size, real), made)
+            of_pictures += of_one
+            if warning is not None and warning not in warnings:
+                warnings.append(warning)
+        sampling = {"sampling": _sampling(settings, subject.pipe) | {"pictures": len(chosen)}}
+        figures += [figure.under(sampling) for figure in of_pictures]
+        if settings.diversity:
+            figures.append(_diversity(subject, settings, console))
+        if settings.save_pictures is not None:
+            _save(settings.save_pictures, pictures, conditions)
+    provenance = {
+        "data": {"folder": str(subject.pairs.folder), "pairs": len(subject.pairs), "kind": subject.kind},
+        "base": {
+            "name": settings.base,
+            **{
+                f"{part}_sha256": weights_sha256(getattr(subject.pipe, part))
+                for part in ("unet", "vae", "text_encoder")
+            },
+        },
+        "adapter": None
+        if subject.model is None
+        else {"name": settings.adapter, "sha256": weights_sha256(subject.model)},
+        **environment(subject.pipe.device.type),
+    }
+    return Evaluation(figures, settings.model_dump(mode="json"), provenance, warnings)
+
+
+def held_out_folder(data: Path) -> Path:
+    """The split of a data set that no training saw; a folder without splits is one."""
+    return next((data / name for name in SPLITS if (data / name).is_dir()), data)
+
+
+def conditioning_of(folder: Path) -> dict[str, Any]:
+    """What the data set says of its conditions: ``conditioning`` in a ``dataset.json`` in the folder or the one above.
+
+    Raises:
+        PowersteerError: The file is no JSON object.
+    """
+    for file in (folder / "dataset.json", folder.parent / "dataset.json"):
+        if file.is_file():
+            try:
+                return dict(json.loads(file.read_text(encoding="utf-8")).get("conditioning") or {})
+            except (OSError, ValueError, AttributeError, TypeError) as error:
+                raise PowersteerError(f"{file} is no description of a data set: {error}") from None
+    return {}
+
+
+def _load(settings: EvaluateSettings) -> _Subject:
+    pipe: Any = load_base(settings.base)
+    if settings.scheduler is not None:
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler]).from_config(pipe.scheduler.config)
+    folder = held_out_folder(settings.data)
+    record = conditioning_of(folder)
+    model = None if settings.adapter is None else load_adapter(settings.adapter)
+    channels = record.get("channels") or 1
+    if model is not None:
+        check_fits(model, pipe)
+        channels = model.config["conditioning_channels"]
+        record |= {key: value for key, value in (model.config["conditioning"] or {}).items() if value is not None}
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    kind = record.get("kind") or "sketch"
+    pairs = Pairs(folder, (side, side), channels, kind=kind)
+    if settings.pairs is not None:
+        pairs = pairs.subset(spread(len(pairs), settings.pairs))
+    return _Subject(pipe, model, pairs, kind, record.get("palette") or {})
+
+
+def _denoising(subject: _Subject, settings: EvaluateSettings, cache: Path, console: Console) -> Iterator[Figure]:
+    """Information, and the plain denoising loss."""
+    pairs = encode_pairs(subject.pipe, subject.pairs, cache, console=console)
+    alphas = noise_schedule(subject.pipe).alphas_cumprod
+    prediction = subject.pipe.scheduler.config["prediction_type"]
+    if subject.model is not None:
+        errors = denoiser_errors(subject.pipe, subject.model, pairs)
+        found = measure_information(errors, alphas, len(pairs), draws=settings.draws, seed=settings.seed)
+        yield Figure(
+            "information, nats a latent dimension",
+            "higher",
+            {
+                STEERED: Value(found.steered.mean, found.steered.error),
+                SHUFFLED: Value(found.shuffled.mean, found.shuffled.error),
+            },
+            {
+                "estimator": "½ ∫ (ε-error of the prior − of the steered) dλ over the schedule's log-SNR, paired noise",
+                "prediction_type": prediction,
+                "log_snr_from": found.bands[0][0],
+                "log_snr_to": found.bands[-1][1],
+                "bands": [{"from": low, "to": high, "nats": nats} for low, high, nats in found.bands],
+                "pairs": found.pairs,
+                "draws": found.draws,
+                "seed": found.seed,
+            },
+        )
+    held_out = HeldOut(subject.pipe, pairs, draws=LOSS_DRAWS, seed=settings.seed)
+    losses = {PRIOR: held_out.losses(None)}
+    if subject.model is not None:
+        losses[STEERED] = held_out.losses(subject.model)
+        losses[SHUFFLED] = held_out.losses(subject.model, shuffled=True)
+    protocol = {"target": prediction, "pairs": len(pairs), "draws": LOSS_DRAWS, "seed": settings.seed}
+    yield Figure("denoising loss", "lower", {k: Value.mean(loss.mean(0)) for k, loss in losses.items()}, protocol)
+
+
+def _draw(
+    subject: _Subject, chosen: Sequence[int], settings: EvaluateSettings, console: Console
+) -> tuple[Pictures, torch.Tensor]:
+    """The data's pictures and those made of the same prompts and seeds; and the conditions (N, C, H, W) in [0, 1]."""
+    pairs = [subject.pairs[i] for i in chosen]
+    conditions = torch.stack([condition for _, condition in pairs]).float() / 255
+    others = conditions.roll(-(len(chosen) // 2), 0)  # half the folder away is another concept
+    given = {PRIOR: None} if subject.model is None else {PRIOR: None, STEERED: conditions, SHUFFLED: others}
+    made: dict[str, list[torch.Tensor]] = {name: [] for name in given}
+    batches = torch.arange(len(chosen)).split(settings.batch_size)
+    for batch in track(batches, "generating", transient=True, console=console, disable=not console.is_terminal):
+        prompts = [subject.pairs.texts[chosen[int(i)]] for i in batch]
+        seeds = [settings.seed + int(i) for i in batch]
+        for name, condition in given.items():
+            steering = None if condition is None else condition[batch]
+            made[name] += _sample(subject, steering, prompts, seeds, settings)
+    pictures = {name: as_bytes(torch.stack(images)) for name, images in made.items()}
+    return pictures | {REAL: as_bytes(torch.stack([picture for picture, _ in pairs]))}, conditions
+
+
+def _sample(
+    subject: _Subject,
+    condition: torch.Tensor | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: EvaluateSettings,
+) -> list[torch.Tensor]:
+    images = steered_pictures(
+        subject.pipe,
+        None if condition is None else subject.model,
+        prompts,
+        condition,
+        seeds=seeds,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+    )
+    return [from_pil(image) for image in images]
+
+
+def _sampling(settings: EvaluateSettings, pipe: Any) -> dict[str, Any]:
+    return {
+        "scheduler": type(pipe.scheduler).__name__,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "first_seed": settings.seed,
+        "size": [pipe.unet.config.sample_size * pipe.vae_scale_factor] * 2,
+    }
+
+
+def _diversity(subject: _Subject, settings: EvaluateSettings, console: Console) -> Figure:
+    """How far pictures of one prompt and condition lie apart under several seeds; a map, where there is a folder."""
+    chosen = spread(len(subject.pairs), settings.diversity)
+    kinds = (PRIOR,) if subject.model is None else (PRIOR, STEERED)
+    spreads: dict[str, list[float]] = {kind: [] for kind in kinds}
+    shown: list[torch.Tensor] = []
+    for i in track(chosen, "several seeds", transient=True, console=console, disable=not console.is_terminal):
+        condition = subject.pairs[i][1][None].float() / 255
+        prompts = [subject.pairs.texts[i]] * settings.diversity_seeds
+        seeds = [settings.seed + k for k in range(settings.diversity_seeds)]
+        shown.append(_as_picture(condition[0]))
+        for kind in kinds:
+            images = torch.stack(_sample(subject, None if kind == PRIOR else condition, prompts, seeds, settings))
+            spread_of = spread_map((images + 1) / 2)  # (H, W)
+            spreads[kind].append(spread_of.mean().item())
+            bright = (spread_of / 0.5).clamp(0, 1) * 2 - 1  # half of black and half of white spread by 0.5
+            shown += [*images[:SHOWN_SEEDS], bright.float().expand(3, -1, -1)]
+    if settings.save_pictures is not None:
+        columns = 1 + len(kinds) * (min(SHOWN_SEEDS, settings.diversity_seeds) + 1)
+        _write(lambda folder: save_grid(torch.stack(shown), folder / "diversity.png", columns), settings.save_pictures)
+    protocol = {
+        "of": "standard deviation of a pixel in [0, 1] over seeds, mean over pixels",
+        "conditions": len(chosen),
+        "seeds": settings.diversity_seeds,
+        "sampling": _sampling(settings, subject.pipe),
+    }
+    return Figure("spread over seeds", "", {k: Value.mean(torch.tensor(v)) for k, v in spreads.items()}, protocol)
+
+
+def _as_picture(condition: torch.Tensor) -> torch.Tensor:
+    """A condition (C, H, W) in [0, 1] to be looked at, (3, H, W) in [-1, 1]: ink dark on light, else its colours."""
+    if len(condition) == 1:
+        return 1 - 2 * condition.expand(3, -1, -1)
+    return condition[:3].float() * 2 - 1
+
+
+def _save(folder: Path, pictures: Pictures, conditions: torch.Tensor) -> None:
+    """Every picture, one folder a column, and a grid."""
+
+    def write(folder: Path) -> None:
+        for name, images in pictures.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for i, image in enumerate(images):
+                to_pil(as_floats(image)).save(folder / name / f"{i:05d}.png")
+        shown = [
+            cell
+            for i in spread(len(conditions), GRID_ROWS)
+            for cell in (_as_picture(conditions[i]), *(as_floats(images[i]) for images in pictures.values()))
+        ]
+        save_grid(torch.stack(shown), folder / "grid.png", columns=1 + len(pictures), headings=("condition", *pictures))
+
+    _write(write, folder)
+
+
+def _write(write: Callable[[Path], None], folder: Path) -> None:
+    try:
+        write(folder)
+    except OSError as error:
+        raise PowersteerError(f"cannot write to {folder}: {error.strerror}") from None

@@ -1,0 +1,248 @@
+"""`powersteer evaluate`, from files to a table and one JSON."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+
+from conftest import draw_pairs, randomise
+from powersteer import BPSModel, PowersteerError, cli
+from powersteer.base import load_base
+from powersteer.conditions.extractor import EXTRACTORS
+from powersteer.evaluation.evaluate import EvaluateSettings, conditioning_of, evaluate, held_out_folder
+from powersteer.evaluation.figures import Evaluation, Figure, Value
+from powersteer.evaluation.measures import (
+    MeasureSettings,
+    as_bytes,
+    distances,
+    fidelity,
+    load_condition_extractor,
+    paired,
+)
+from powersteer.pictures import to_pil
+from test_features import clip_dir  # noqa: F401
+
+FAST = {"pictures": 4, "diversity": 1, "diversity_seeds": 2, "num_inference_steps": 2, "draws": 2}
+PALETTE = {"red": [255, 0, 0], "blue": [0, 0, 255]}
+
+
+@pytest.fixture
+def adapter_dir(tmp_path, base_dir):
+    unet = load_base(str(base_dir)).unet
+    randomise(BPSModel.from_unet(unet, pixel_unshuffle=4, weights="uniform")).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def data(tmp_path):
+    draw_pairs(tmp_path / "data" / "train", 4)
+    draw_pairs(tmp_path / "data" / "test", 6, seed=1)
+    (tmp_path / "data" / "dataset.json").write_text('{"conditioning": {"kind": "sketch", "channels": 1}}')
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["powersteer", "evaluate", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_the_command_writes_every_figure_with_its_protocol(run, data, base_dir, adapter_dir, clip_dir, tmp_path):  # noqa: F811
+    args = [data, "--adapter", adapter_dir, "--base", base_dir, "--clip", clip_dir, "--pictures", 4, "--steps", 2]
+    code, out, err = run(
+        *args, "--draws", 2, "--diversity", 1, "--json", tmp_path / "out.json", "--save-pictures", tmp_path / "made"
+    )
+    assert code == 0, err
+    written = json.loads((tmp_path / "out.json").read_text())
+    figures = written["figures"]
+    information = figures["information, nats a latent dimension"]
+    assert information["values"]["steered"]["error"] > 0 and information["protocol"]["pairs"] == 6
+    assert set(figures["denoising loss"]["values"]) == {"prior", "steered", "shuffled"}
+    assert set(figures["edge F1"]["values"]) == {"prior", "steered", "shuffled", "real"}
+    assert figures["edge F1"]["values"]["real"]["value"] > 0.9
+    assert figures["edge F1"]["protocol"]["sampling"] == {
+        "scheduler": "DDIMScheduler",
+        "num_inference_steps": 2,
+        "guidance_scale": 3.0,
+        "first_seed": 0,
+        "size": [32, 32],
+        "pictures": 4,
+    }
+    assert figures["FD, clip"]["protocol"]["pictures"] == {"real": 6, "prior": 4, "steered": 4}
+    assert len(figures["FD, clip"]["protocol"]["weights_sha256"]) == 64
+    assert figures["KD, clip"]["protocol"]["subset_size"] == 2
+    assert {"edge SSIM", "PSNR, dB", "SSIM", "CLIP score", "spread over seeds"} < set(figures)
+    assert written["provenance"]["data"]["pairs"] == 6 and len(written["provenance"]["adapter"]["sha256"]) == 64
+    assert "torch" in written["provenance"]["versions"] and "threads" in written["provenance"]["hardware"]
+    assert "2,048" in written["warnings"][0] and "warning: 4 pictures" in out
+    assert "steered" in out and "real" in out
+    made = sorted(str(file.relative_to(tmp_path / "made")) for file in (tmp_path / "made").rglob("*.png"))
+    assert len(made) == 4 * 4 + 2 and {"grid.png", "diversity.png", "steered/00003.png"} < set(made)
+
+
+def test_the_same_seed_gives_the_same_figures_and_the_prior_has_its_own(data, base_dir):
+    settings = EvaluateSettings(data=data, adapter=None, base=str(base_dir), **FAST)
+    found = evaluate(settings).as_json()
+    assert found["figures"] == evaluate(settings).as_json()["figures"]
+    assert set(found["figures"]["denoising loss"]["values"]) == {"prior"}
+    assert set(found["figures"]["edge F1"]["values"]) == {"prior", "real"}
+    assert "information, nats a latent dimension" not in found["figures"] and found["provenance"]["adapter"] is None
+
+
+def test_no_pictures_leave_the_denoising_figures(data, base_dir, adapter_dir):
+    settings = EvaluateSettings(data=data, adapter=str(adapter_dir), base=str(base_dir), pictures=0, pairs=3, draws=1)
+    assert len(evaluate(settings).figures) == 2
+
+
+def save_folder(folder, images):
+    folder.mkdir()
+    for i, image in enumerate(images):
+        to_pil(image).save(folder / f"{i}.png")
+    return folder
+
+
+def test_two_folders(run, tmp_path):
+    images = torch.rand(5, 3, 24, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    real = save_folder(tmp_path / "real", images)
+    twin = save_folder(tmp_path / "twin", images)
+    other = save_folder(tmp_path / "other", -images[:4])
+    (real / "notes.txt").write_text("no picture")
+    code, _, err = run("--real", real, "--generated", twin, "--json", tmp_path / "twin.json")
+    assert code == 0, err
+    figures = json.loads((tmp_path / "twin.json").read_text())["figures"]
+    assert figures["FD, clip"]["values"]["generated"]["value"] == pytest.approx(0, abs=1e-3)
+    assert figures["SSIM"]["values"]["generated"]["value"] == pytest.approx(1)
+    assert figures["PSNR, dB"]["values"]["generated"]["value"] is None  # infinite
+    code, _, _ = run("--real", real, "--generated", other, "--json", tmp_path / "other.json")
+    figures = json.loads((tmp_path / "other.json").read_text())["figures"]
+    assert code == 0 and figures["FD, clip"]["values"]["generated"]["value"] > 1 and "SSIM" not in figures
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "give DATA, the folder of pairs; or --real and --generated"),
+        (["data", "--real", "real", "--generated", "data"], "give DATA, the folder of pairs; or --real"),
+        (["--real", "nowhere", "--generated", "data"], "nowhere is no folder"),
+        (["--real", "empty", "--generated", "data"], "empty has no pictures"),
+        (["data", "--features", "vgg"], "'features.0'"),
+        (["data", "--scheduler", "magic"], "'scheduler'"),
+        (["data", "--adapter", "none", "--pairs", 3], "need 4 at least: give --pictures 0"),
+        (["data", "--adapter", "none", "--features", "clip"], "--clip"),
+        (["data", "--adapter", "none", "--clip", "empty"], "cannot load a CLIP from 'empty'"),
+    ],
+)
+def test_bad_input_is_one_line(run, monkeypatch, tmp_path, data, base_dir, args, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    code, _, err = run(*args, "--base", base_dir)
+    assert code == 2 and words in err and err.count("\n") == 1, err
+
+
+def test_held_out_splits_and_what_is_said_of_conditions(tmp_path, data):
+    assert held_out_folder(data) == data / "test" and held_out_folder(data / "test") == data / "test"
+    assert conditioning_of(data / "test") == conditioning_of(data) == {"kind": "sketch", "channels": 1}
+    assert conditioning_of(tmp_path) == {}
+    (data / "dataset.json").write_text("[1]")
+    with pytest.raises(PowersteerError, match=r"dataset\.json is no description"):
+        conditioning_of(data)
+
+
+def flat(colour):
+    return (torch.tensor(colour) / 127.5 - 1).view(1, 3, 1, 1).expand(1, 3, 16, 16).clone()
+
+
+def test_label_maps_layouts_and_styles_have_their_measures():
+    picture = flat([250, 10, 0])
+    picture[..., 8:] = flat([0, 20, 240])[..., 8:]
+    condition = (flat([255, 0, 0]) + 1) / 2
+    condition[..., 8:] = (flat([0, 0, 255])[..., 8:] + 1) / 2
+    pictures = {"steered": as_bytes(picture), "shuffled": as_bytes(flat([255, 0, 0]))}
+    (miou,) = fidelity("segmentation", PALETTE, pictures, condition, 4)
+    assert [value.value for value in miou.values.values()] == pytest.approx([1, (0.5 + 0) / 2])
+    (boxes,) = fidelity("layout", PALETTE, pictures, condition, 4)
+    assert [value.value for value in boxes.values.values()] == pytest.approx([1, (0.5 + 0) / 2])
+    (style,) = fidelity("style", {}, pictures, torch.cat([condition, condition[:, :1]], 1), 4)
+    assert style.values["steered"].value < 10 < style.values["shuffled"].value
+    assert fidelity("pose", {}, pictures, condition, 4) == [] == fidelity("segmentation", {}, pictures, condition, 4)
+
+
+class Seen:
+    """Sees every picture as one that is given: RGB, or ink where it is dark."""
+
+    def __init__(self, palette=None):
+        self.palette = palette
+
+    def __call__(self, subject):
+        return subject.picture if self.palette else subject.picture.convert("L").point(lambda value: 255 - value)
+
+    def record(self):
+        return {"extractor": "seen", "palette": self.palette}
+
+
+def test_an_extractor_looks_for_edges():
+    picture = flat([255, 255, 255])
+    picture[:, :, 5] = -1
+    drawing = (1 - picture[:, :1]) / 2
+    figures = fidelity(
+        "sketch", {}, {"steered": as_bytes(picture), "shuffled": as_bytes(picture.roll(4, 2))}, drawing, 4, Seen()
+    )
+    assert [figure.values["steered"].value for figure in figures] == pytest.approx([1, 1, 1, 1])
+    assert [figure.values["shuffled"].value for figure in figures[:3]] == [0, 0, 0]
+    assert figures[0].protocol["extractor"]["extractor"] == "seen"
+
+
+def test_an_extractor_looks_for_labels_which_go_together_by_name():
+    own = {"green": [0, 255, 0], "blue": [0, 0, 200], "red": [200, 0, 0]}
+    picture = flat([200, 0, 0])
+    picture[..., 8:] = flat([0, 255, 0])[..., 8:]  # red and green, where red and blue were wanted
+    condition = (flat([255, 0, 0]) + 1) / 2
+    condition[..., 8:] = (flat([0, 0, 255])[..., 8:] + 1) / 2
+    (figure,) = fidelity("segmentation", PALETTE, {"steered": as_bytes(picture)}, condition, 4, Seen(own))
+    assert figure.values["steered"].value == pytest.approx((1 + 0) / 2)
+    with pytest.raises(PowersteerError, match="none of the palette's names"):
+        fidelity("layout", PALETTE, {"steered": as_bytes(picture)}, condition, 4, Seen({"sky": [1, 2, 3]}))
+
+
+def test_extractors_of_conditions_are_found_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "powersteer.conditions.catalogue", types.ModuleType("catalogue"))
+    monkeypatch.setattr(EXTRACTORS, "known", {})
+    EXTRACTORS.add("segmentation", "seen")(lambda model="none": Seen({model: [1, 2, 3]}))
+    assert load_condition_extractor(MeasureSettings(), "sketch") is None
+    found = load_condition_extractor(MeasureSettings(extractor="seen", extractor_model="big"), "layout")
+    assert found.record()["palette"] == {"big": [1, 2, 3]}
+    with pytest.raises(PowersteerError, match="there is no extractor 'unseen' for segmentation"):
+        load_condition_extractor(MeasureSettings(extractor="unseen"), "segmentation")
+
+
+def test_lpips_is_measured_when_asked_for(monkeypatch):
+    monkeypatch.setattr("powersteer.evaluation.measures.lpips", lambda one, other: (one - other).abs().mean((1, 2, 3)))
+    pictures = {"steered": as_bytes(flat([255, 255, 255])), "real": as_bytes(flat([0, 0, 0]))}
+    found = paired(pictures, MeasureSettings(lpips=True))
+    assert [figure.name for figure in found] == ["PSNR, dB", "SSIM", "LPIPS"]
+    assert found[2].values["steered"].value == pytest.approx(1) and found[0].values["steered"].value == 0
+
+
+def test_distances_by_inception_have_the_names_they_are_known_by():
+    features = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    figures, warning = distances("inception", {}, features, {"steered": features})
+    assert [figure.name for figure in figures] == ["FID", "KID"] and warning is not None
+    assert figures[0].values["steered"].value == pytest.approx(0, abs=1e-9)
+
+
+def test_values_and_headings():
+    value = Value.mean(torch.tensor([1.0, 3.0, float("nan")]))
+    assert (value.value, value.error) == (2, 1) and str(value) == "2 ± 1"
+    assert str(Value.mean(torch.tensor([2.0]))) == "2"
+    assert Figure("SSIM", "higher", {}).heading == "SSIM ↑" and Figure("spread", "", {}).heading == "spread"
+    evaluation = Evaluation([Figure("x", "", {"real": value, "prior": Value(float("inf"))})], {}, {}, [])
+    assert evaluation.columns == ["prior", "real"]
+    assert evaluation.as_json()["figures"]["x"]["values"]["prior"] == {"value": None, "error": None}
