@@ -93,8 +93,9 @@ class Registry:
         """
 
         def register(build: Factory) -> Factory:
-            checked = isinstance(build, type) and issubclass(build, StrictConfig)
-            make = partial(from_settings, build, f"{task} {name}") if checked else build
+            make: Callable[..., Any] = build
+            if isinstance(make, type) and issubclass(make, StrictConfig):
+                make = partial(from_settings, make, f"{task} {name}")
             self.known[task, name] = Registered(task, name, needs, make)
             return build
 
