@@ -93,9 +93,9 @@ class Registry:
         """
 
         def register(build: Factory) -> Factory:
-            make: Callable[..., Any] = build
-            if isinstance(make, type) and issubclass(make, StrictConfig):
-                make = partial(from_settings, make, f"{task} {name}")
+            make: Any = build
+            if isinstance(build, type) and issubclass(build, StrictConfig):
+                make = partial(from_settings, build, f"{task} {name}")
             self.known[task, name] = Registered(task, name, needs, make)
             return build
 
