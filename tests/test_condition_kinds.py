@@ -312,7 +312,7 @@ def test_starting_from_another_adapter(config, base_dir, styled_dir, tmp_path):
 
 def test_held_out_pairs_must_be_of_the_same_kind(config):
     say(config.validation_data_dir, kind="depth")
-    with pytest.raises(PowersteerError, match="conditioning_kind is sketch, but .*validation/dataset.json says depth"):
+    with pytest.raises(PowersteerError, match=r"conditioning_kind is sketch, but .*validation/dataset.json says depth"):
         conditioning(config)
 
 

@@ -93,9 +93,9 @@ class Registry:
         """
 
         def register(build: Factory) -> Factory:
-            make: Any = build
-            if isinstance(build, type) and issubclass(build, StrictConfig):
-                make = partial(from_settings, build, f"{task} {name}")
+            kind: Any = build
+            checked = isinstance(kind, type) and issubclass(kind, StrictConfig)
+            make: Any = partial(from_settings, kind, f"{task} {name}") if checked else kind
             self.known[task, name] = Registered(task, name, needs, make)
             return build
 
