@@ -1,0 +1,76 @@
+"""COCO's segmentations → masks: polygons, and run lengths plain or packed into text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from powersteer.errors import PowersteerError
+
+
+def to_mask(segmentation: Any, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """The pixels (H, W) of a segmentation.
+
+    Args:
+        segmentation: Polygons ``[[x, y, x, y, …], …]``, or ``{"counts": …, "size": [height, width]}``.
+        size: Of the picture (width, height).
+
+    Raises:
+        PowersteerError: It is neither, or of a picture of another size.
+    """
+    try:
+        if isinstance(segmentation, dict):
+            counts: Any = segmentation["counts"]
+            if list(segmentation["size"]) != [size[1], size[0]]:
+                raise PowersteerError(f"a mask of (height, width) {segmentation['size']} on a picture of {size[::-1]}")
+            return _runs(counts if isinstance(counts, list) else unpack_runs(counts), size)
+        return _polygons(segmentation, size)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, PowersteerError):
+            raise
+        raise PowersteerError("a segmentation is neither polygons nor run lengths as COCO has them") from None
+
+
+def unpack_runs(packed: str) -> list[int]:
+    """Run lengths of their text: five bits a character from ``0`` up, the sixth says that more follow; from the third
+    on, each is told by its difference to the last but one.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in packed:
+        bits = ord(character) - 48
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if bits & 0x20:
+            continue
+        if bits & 0x10:
+            value -= 1 << shift  # the highest bit is the sign
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError("cut short")
+    return runs
+
+
+def _runs(runs: Sequence[int], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """Background and mask by turns, down the columns."""
+    width, height = size
+    values = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    if values.size != width * height:
+        raise PowersteerError(f"a mask's runs cover {values.size} pixels of {width * height}")
+    return values.reshape(width, height).T
+
+
+def _polygons(polygons: Any, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    canvas = Image.new("1", size)
+    draw = ImageDraw.Draw(canvas)
+    for polygon in polygons:
+        # COCO counts from the corner of a pixel, Pillow from its middle.
+        points = [(float(x) - 0.5, float(y) - 0.5) for x, y in zip(polygon[::2], polygon[1::2], strict=True)]
+        if len(points) > 2:
+            draw.polygon(points, fill=1)
+    return np.asarray(canvas)
