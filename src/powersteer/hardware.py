@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from powersteer.errors import PowersteerError
+
 
 def native_precision(device: torch.device) -> torch.dtype:
     """The fastest safe precision for autocast: bf16 where the hardware has it, fp16 on older GPUs, else fp32."""
@@ -17,6 +19,20 @@ def native_precision(device: torch.device) -> torch.dtype:
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():  # pyright: ignore[reportPrivateUsage]
         return torch.bfloat16
     return torch.float32
+
+
+def best_device(name: str = "auto") -> torch.device:
+    """A device by name; ``auto`` is the GPU where there is one.
+
+    Raises:
+        PowersteerError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise PowersteerError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def fast_attention(device_type: str, precision: torch.dtype) -> AbstractContextManager[Any]:

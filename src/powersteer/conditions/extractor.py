@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from powersteer.config import ConfigT, StrictConfig, build_config
 from powersteer.errors import PowersteerError
 
 Task = Literal["sketch", "segmentation", "layout", "style", "feature", "depth", "normal", "pose"]
@@ -84,10 +87,15 @@ class Registry:
     known: dict[tuple[Task, str], Registered] = field(default_factory=dict[tuple[Task, str], Registered])
 
     def add(self, task: Task, name: str, needs: str = "") -> Callable[[Factory], Factory]:
-        """Register a class, or a function that builds an extractor."""
+        """Register a class, or a function that builds an extractor.
+
+        A `StrictConfig` has its settings as fields: what it does not know, or of the wrong kind, is refused in words.
+        """
 
         def register(build: Factory) -> Factory:
-            self.known[task, name] = Registered(task, name, needs, build)
+            checked = isinstance(build, type) and issubclass(build, StrictConfig)
+            make = partial(from_settings, build, f"{task} {name}") if checked else build
+            self.known[task, name] = Registered(task, name, needs, make)
             return build
 
         return register
@@ -107,3 +115,25 @@ class Registry:
 
 
 EXTRACTORS = Registry()
+"""Filled by `powersteer.conditions.catalogue`."""
+
+
+def from_settings(kind: type[ConfigT], where: str, /, **settings: Any) -> ConfigT:
+    """An extractor whose settings are the fields of its class.
+
+    Raises:
+        PowersteerError: A setting is unknown, or of the wrong kind.
+    """
+    return build_config(settings, kind, where=where)
+
+
+def optional_module(name: str, wanted_by: str, install: str) -> Any:
+    """A package that only some need.
+
+    Raises:
+        PowersteerError: It is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError:
+        raise PowersteerError(f"{wanted_by} needs {name}: {install}") from None

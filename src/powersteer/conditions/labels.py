@@ -1,0 +1,103 @@
+"""Segmentation: label maps, of the source or of a model, in a palette's colours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from powersteer.conditions.extractor import EXTRACTORS, Subject
+from powersteer.conditions.kinds import extractor_record
+from powersteer.conditions.palettes import Palette
+from powersteer.config import StrictConfig
+from powersteer.errors import PowersteerError
+from powersteer.hardware import best_device
+
+
+@EXTRACTORS.add("segmentation", "labels", needs="label maps in the source")
+class SourceLabels(StrictConfig):
+    """The source's own label map."""
+
+    palette: str = "ade20k"
+    """Built in (`powersteer.conditions.palettes`), or a JSON file."""
+
+    def __call__(self, subject: Subject) -> Image.Image:
+        """RGB."""
+        if subject.labels is None:
+            raise PowersteerError("there is no label map here: choose the extractor 'model', with a segmentation model")
+        return self.colours.picture(subject.labels)
+
+    def record(self) -> Mapping[str, Any]:
+        """See `Extractor`."""
+        return extractor_record(
+            "segmentation",
+            "labels",
+            version=version("powersteer"),
+            settings=self.model_dump(),
+            channels=3,
+            palette=self.colours.table,
+        )
+
+    @cached_property
+    def colours(self) -> Palette:
+        """The palette itself."""
+        return Palette.find(self.palette)
+
+
+@EXTRACTORS.add("segmentation", "model", needs="a semantic segmentation model of transformers")
+class ModelLabels(StrictConfig):
+    """What a model of transformers sees."""
+
+    model: str
+    """A folder, or a model of the Hub."""
+    palette: str | None = None
+    """With as many classes as the model; by default the model's own names, in the PASCAL VOC colours."""
+    device: str = "auto"
+
+    def __call__(self, subject: Subject) -> Image.Image:
+        """RGB."""
+        processor, network, palette = self.loaded
+        picture = subject.picture.convert("RGB")
+        inputs = processor(images=picture, return_tensors="pt").to(network.device)
+        with torch.inference_mode():
+            logits = network(**inputs).logits.float()  # (1, classes, h, w)
+        size = (picture.height, picture.width)
+        labels = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(1)[0]
+        return palette.picture(labels.cpu().numpy().astype(np.int64))
+
+    def record(self) -> Mapping[str, Any]:
+        """See `Extractor`."""
+        return extractor_record(
+            "segmentation",
+            "model",
+            version=f"transformers {version('transformers')}",
+            settings={"model": self.model, "palette": self.palette},
+            channels=3,
+            palette=self.loaded[2].table,
+        )
+
+    @cached_property
+    def loaded(self) -> tuple[Any, Any, Palette]:
+        """Processor, network, palette."""
+        from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+        try:
+            processor: Any = AutoImageProcessor.from_pretrained(self.model)
+            network: Any = AutoModelForSemanticSegmentation.from_pretrained(self.model)
+        except (OSError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise PowersteerError(f"'{self.model}' is no semantic segmentation model: {reason}") from None
+        names = [str(network.config.id2label[i]) for i in range(network.config.num_labels)]
+        palette = Palette.of_names(names) if self.palette is None else Palette.find(self.palette)
+        if len(palette) != len(names):
+            raise PowersteerError(
+                f"'{self.model}' tells {len(names)} classes apart, the palette '{self.palette}' {len(palette)}: leave "
+                "palette out, or give one of its classes in their order"
+            )
+        return processor, network.to(best_device(self.device)).eval(), palette
