@@ -17,7 +17,7 @@ from PIL import Image
 
 from powersteer.errors import PowersteerError
 
-BUILT_IN = ("ade20k", "coco-stuff")
+BUILT_IN = ("ade20k", "coco-stuff", "openmoji")
 """``ade20k``: the 150 classes of scene parsing, in the colours in wide use; two of them, road and skyscraper, share one.
 ``coco-stuff``: the 182 categories, things and stuff, in the order of their ids; since no colours are canonical, that of
 id n is the n-th of the PASCAL VOC colour map (`voc_colours`)."""

@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import random
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from powersteer.conditions.extractor import Box, Extractor, Registered, Subject
-from powersteer.conditions.kinds import LABEL_MAPS
 from powersteer.data.check import ALIKE, ALIKE_COLOURS, perceptual_hash
 from powersteer.data.pairs import same_aspect
+from powersteer.data.files import write_whole
 from powersteer.data.sources.base import Captions, Item
 from powersteer.errors import PowersteerError
 
 JPEG_QUALITY = 95
-TICKETS = 4
-"""Items under way for each process: what is read, made and not yet written down is bounded."""
-
-Given = TypeVar("Given")
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -129,21 +120,8 @@ class Recipe:
 
     def build(self) -> Maker:
         """In the process that makes pairs."""
-        return Maker(self, build_extractor(self.registered, self.settings))
-
-
-def build_extractor(registered: Registered, settings: Mapping[str, Any]) -> Extractor:
-    """Build it.
-
-    Raises:
-        PowersteerError: A setting is unknown to it, or what it needs is missing.
-    """
-    try:
-        return registered.build(**settings)
-    except TypeError as error:
-        raise PowersteerError(
-            f"extractor {registered.name} for {registered.task} cannot be set so: {error}"
-        ) from None
+        import_module("powersteer.conditions.catalogue")  # an extractor may look for others by name
+        return Maker(self, self.registered.build(**self.settings))
 
 
 class Maker:
@@ -158,16 +136,30 @@ class Maker:
         self.recipe, self.extractor = recipe, extractor
 
     def __call__(self, job: Job) -> Outcome:
-        """Write the files of a pair; what is wrong with it is said in the outcome."""
+        """Write the files of a pair; what is wrong with the item is said in the outcome.
+
+        Raises:
+            PowersteerError: The files cannot be written.
+        """
         item = job.item
         try:
-            return Outcome(job.key, item.name, item.split, self._make(job))
+            picture, suffix, condition = self._make(item)
         except PowersteerError as error:
             return Outcome(job.key, item.name, item.split, None, str(error))
+        except Exception as error:  # of 118,000 pictures one will meet a fault of some library
+            return Outcome(job.key, item.name, item.split, None, f"{type(error).__name__}: {error}")
+        condition_suffix = ".png" if isinstance(condition, Image.Image) else ".npy"
+        files = {
+            f"images/{job.key}{suffix}": picture,
+            f"conditions/{job.key}{condition_suffix}": _encoded(condition, condition_suffix),
+        }
+        for name, content in files.items():
+            write_whole(self.recipe.out_dir / item.split / name, content)
+        return Outcome(job.key, item.name, item.split, self._row(item, *files))
 
-    def _make(self, job: Job) -> dict[str, Any]:
-        item, recipe = job.item, self.recipe
-        loaded = item.load()
+    def _make(self, item: Item) -> tuple[bytes, str, Image.Image | npt.NDArray[np.float32]]:
+        """The picture's file, its suffix, and the condition."""
+        recipe, loaded = self.recipe, item.load()
         subject, content = loaded.subject, loaded.content
         if item.split == "train":
             recipe.held_out.refuse(_measures(item, subject.picture, content))
@@ -179,16 +171,13 @@ class Maker:
                 f"{recipe.registered.name} made a condition of {condition.width}×{condition.height} pixels of a picture "
                 f"of {subject.picture.width}×{subject.picture.height}"
             )
-        picture_file, content = f"images/{job.key}{loaded.suffix}", content or _encoded(subject.picture, loaded.suffix)
-        condition_suffix = ".png" if isinstance(condition, Image.Image) else ".npy"
-        condition_file = f"conditions/{job.key}{condition_suffix}"
-        folder = recipe.out_dir / item.split
-        write_whole(folder / picture_file, content)
-        write_whole(folder / condition_file, _encoded(condition, condition_suffix))
-        row: dict[str, Any] = {"file_name": picture_file, "conditioning_image_file_name": condition_file}
+        return content or _encoded(subject.picture, loaded.suffix), loaded.suffix, condition
+
+    def _row(self, item: Item, picture: str, condition: str) -> dict[str, Any]:
+        row: dict[str, Any] = {"file_name": picture, "conditioning_image_file_name": condition}
         texts = self._texts(item)
-        if recipe.several or texts:
-            row["text"] = list(texts) if recipe.several else texts[0]
+        if self.recipe.several or texts:
+            row["text"] = list(texts) if self.recipe.several else texts[0]
         if item.concept is not None:
             row["concept"] = item.concept
         return {**row, "source": item.name}
@@ -224,14 +213,6 @@ def scaled(subject: Subject, resolution: int) -> Subject:
     )
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under another name and rename it: it is there whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
 def _encoded(made: Image.Image | npt.NDArray[np.float32], suffix: str) -> bytes:
     buffer = io.BytesIO()
     if not isinstance(made, Image.Image):
@@ -243,8 +224,3 @@ def _encoded(made: Image.Image | npt.NDArray[np.float32], suffix: str) -> bytes:
     else:
         made.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def labelled(task: str) -> bool:
-    """Whether a task's conditions are label maps."""
-    return task in LABEL_MAPS

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from PIL import Image
 
-from powersteer.conditions.extractor import Box, Subject, Task
+from powersteer.conditions.extractor import Subject, Task
 from powersteer.data.layouts import PICTURE_SUFFIXES
 from powersteer.errors import PowersteerError
 
 Captions = Literal["first", "all", "random"]
-
-EDGE = 1.0
-"""Pixels by which rounding may push a box over the edge."""
 
 
 @dataclass(frozen=True)
@@ -125,31 +122,6 @@ def _pictures_in(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
             yield path
         elif path.is_dir():
             yield from _pictures_in(path, above | {real})
-
-
-def inside(boxes: Iterable[Box], size: tuple[int, int]) -> tuple[Box, ...]:
-    """The boxes, with what rounding pushed over the edge cut off.
-
-    Args:
-        boxes: In pixels.
-        size: Of the picture (width, height).
-
-    Raises:
-        PowersteerError: A box is empty or lies outside the picture.
-    """
-    width, height = size
-    kept: list[Box] = []
-    for box in boxes:
-        outside = box.left < -EDGE or box.top < -EDGE or box.right > width + EDGE or box.bottom > height + EDGE
-        if outside or not (box.left < box.right and box.top < box.bottom):
-            corners = f"({box.left:g}, {box.top:g}, {box.right:g}, {box.bottom:g})"
-            raise PowersteerError(
-                f"the box '{box.label}' {corners} is empty or outside the picture of {width}×{height} pixels: "
-                "give left, top, right, bottom"
-            )
-        left, top = max(0.0, box.left), max(0.0, box.top)
-        kept.append(Box(box.label, left, top, min(width, box.right), min(height, box.bottom)))
-    return tuple(kept)
 
 
 def rgb(picture: Image.Image, background: str) -> Image.Image:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powersteer.conditions.extractor import Box, Subject, Task
-from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, inside, pictures_in
+from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, pictures_in
 from powersteer.data.sources.frame import Frame, open_frame, open_index
 from powersteer.data.sources.json_scan import Span, read_spans, scan
 from powersteer.data.sources.masks import to_mask
@@ -179,4 +179,4 @@ def _boxes(frame: Frame, marks: tuple[_Marks, ...], size: tuple[int, int]) -> tu
             if not record.get("iscrowd"):
                 x, y, width, height = record["bbox"]
                 boxes.append(Box(mark.names[record["category_id"]], x, y, x + width, y + height))
-    return frame.boxes(inside(boxes, size), size)
+    return frame.boxes(tuple(boxes), size)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powersteer.conditions.extractor import Box, Subject, Task
-from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, inside, pictures_in, read_bytes, read_text
+from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, pictures_in, read_bytes, read_text
 from powersteer.data.sources.frame import open_drawing, open_frame, open_index
 from powersteer.errors import PowersteerError
 
@@ -90,7 +90,7 @@ def _load(path: Path, folder: Path, row: Mapping[str, Any], background: str) -> 
         frame.picture,
         drawing=_drawing(drawing, frame.picture.size) if drawing else None,
         labels=frame.labels(_classes(open_index(labels))) if labels else None,
-        boxes=inside(_boxes(row["boxes"]), frame.picture.size) if row.get("boxes") is not None else None,
+        boxes=_boxes(row["boxes"]) if row.get("boxes") is not None else None,
         features=_features(features) if features else None,
     )
     return Loaded(subject, frame.content, frame.suffix)
@@ -130,9 +130,9 @@ def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def _boxes(given: Any) -> list[Box]:
+def _boxes(given: Any) -> tuple[Box, ...]:
     try:
-        return [Box(str(one["label"]), *map(float, _four(one["box"]))) for one in given]
+        return tuple(Box(str(one["label"]), *map(float, _four(one["box"]))) for one in given)
     except (KeyError, TypeError, ValueError):
         raise PowersteerError(
             'boxes must be [{"label": "cat", "box": [left, top, right, bottom]}, …], in pixels'

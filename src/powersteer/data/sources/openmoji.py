@@ -14,41 +14,14 @@ import numpy.typing as npt
 from PIL import Image
 
 from powersteer.conditions.extractor import Box, Subject, Task
+from powersteer.conditions.palettes import NO_LABEL, Palette
 from powersteer.data.openmoji import draw_pair, list_drawings, split_by_concept
 from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, read_text
 from powersteer.data.svg import rasterise
 from powersteer.errors import PowersteerError
 
-PALETTE: dict[str, tuple[int, int, int]] = {
-    "white": (255, 255, 255),
-    "light grey": (208, 207, 206),
-    "grey": (155, 155, 154),
-    "black": (63, 63, 63),
-    "light blue": (146, 211, 245),
-    "blue": (97, 178, 228),
-    "dark blue": (30, 80, 160),
-    "red": (234, 90, 71),
-    "dark red": (210, 47, 39),
-    "wine red": (120, 30, 50),
-    "light green": (177, 204, 51),
-    "green": (92, 158, 49),
-    "dark green": (24, 102, 72),
-    "yellow": (252, 234, 43),
-    "dark yellow": (241, 179, 28),
-    "orange": (244, 170, 65),
-    "dark orange": (226, 112, 34),
-    "pink": (255, 167, 192),
-    "dark pink": (230, 122, 148),
-    "purple": (179, 153, 200),
-    "dark purple": (137, 103, 170),
-    "brown": (165, 121, 57),
-    "dark brown": (106, 70, 47),
-    "light skin": (250, 220, 188),
-    "medium-light skin": (222, 187, 144),
-    "medium skin": (193, 154, 107),
-}
-"""OpenMoji's colours, its classes; its few pure blacks count as ``black``, for (0, 0, 0) is where there is none."""
-
+PALETTE = "openmoji"
+"""Its colours, its classes. Its few pure blacks count as ``black``: (0, 0, 0) is where there is none."""
 SIZE = 64
 """Pixels, where no resolution is asked for: the embedded base's."""
 INK = 128
@@ -99,7 +72,7 @@ def _load(path: Path, task: Task, size: int) -> Loaded:
 
 
 def regions(svg: str, size: int, ink: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """The flat regions of colour (size, size): places in `PALETTE`, -1 for none.
+    """The flat regions of colour (size, size): classes of `PALETTE`, `NO_LABEL` for none.
 
     Outlines are left out. Where nothing is painted below one, the nearest region or background takes its place.
 
@@ -115,8 +88,7 @@ def regions(svg: str, size: int, ink: npt.NDArray[np.uint8]) -> npt.NDArray[np.i
     pixels = _draw(root, size)
     colours, places = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
     # Edges are crisp, so that only opacity mixes colours: those few go to the nearest.
-    distance = np.square(colours[:, None].astype(np.int64) - np.array(list(PALETTE.values()))).sum(axis=2)
-    classes = np.where((colours == _rgb(_NOTHING)).all(axis=1), -1, distance.argmin(axis=1))
+    classes = np.where((colours == _rgb(_NOTHING)).all(axis=1), NO_LABEL, _nearest(colours))
     labels = classes[places.reshape(-1)].reshape(size, size)
     return _taken_over(labels, (labels < 0) & (ink >= INK))
 
@@ -124,10 +96,10 @@ def regions(svg: str, size: int, ink: npt.NDArray[np.uint8]) -> npt.NDArray[np.i
 def element_boxes(svg: str, size: int) -> tuple[Box, ...]:
     """The boxes of what is seen of each coloured element, in the order of drawing; the label is its colour's name."""
     root = ET.fromstring(svg)
-    labels: list[str] = []
+    colours: list[tuple[int, int, int]] = []
     for leaf, fill, stroke in _painted(root):
-        labels.append(_nearest(fill if fill != "none" else stroke))
-        own = f"#{len(labels):06x}"
+        colours.append(_rgb(fill if fill != "none" else stroke))
+        own = f"#{len(colours):06x}"
         leaf.set("fill", fill if fill == "none" else own)
         leaf.set("stroke", stroke if stroke == "none" else own)
         leaf.attrib.pop("opacity", None)
@@ -135,11 +107,13 @@ def element_boxes(svg: str, size: int) -> tuple[Box, ...]:
     red, green, blue = np.moveaxis(_draw(root, size).astype(np.int64), 2, 0)
     owners = (red << 16) + (green << 8) + blue
     boxes: list[Box] = []
-    for number, label in enumerate(labels, 1):
+    names = Palette.find(PALETTE).names
+    classes = _nearest(np.array(colours, dtype=np.uint8).reshape(-1, 3))
+    for number, place in enumerate(classes.tolist(), 1):
         rows, columns = np.nonzero(owners == number)
         if rows.size:
             left, right = float(columns.min()), float(columns.max() + 1)
-            boxes.append(Box(label, left, float(rows.min()), right, float(rows.max() + 1)))
+            boxes.append(Box(names[place], left, float(rows.min()), right, float(rows.max() + 1)))
     return tuple(boxes)
 
 
@@ -183,9 +157,10 @@ def _taken_over(labels: npt.NDArray[np.int64], gaps: npt.NDArray[np.bool_]) -> n
     return labels
 
 
-def _nearest(colour: str) -> str:
-    names, values = list(PALETTE), np.array(list(PALETTE.values()))
-    return names[int(np.square(values - np.array(_rgb(colour))).sum(axis=1).argmin())]
+def _nearest(colours: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Colours (N, 3) → places in the palette (N,)."""
+    distances = colours[:, None].astype(np.int64) - Palette.find(PALETTE).colours
+    return np.square(distances).sum(axis=2).argmin(axis=1)
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:
