@@ -17,8 +17,8 @@ from PIL import Image
 
 from powersteer.conditions.extractor import Box, Extractor, Registered, Subject
 from powersteer.data.check import ALIKE, ALIKE_COLOURS, perceptual_hash
-from powersteer.data.pairs import same_aspect
 from powersteer.data.files import write_whole
+from powersteer.data.pairs import same_aspect
 from powersteer.data.sources.base import Captions, Item
 from powersteer.errors import PowersteerError
 
@@ -96,8 +96,9 @@ class HeldOut:
         Raises:
             PowersteerError: It is, by its concept, its content, or by its looks.
         """
-        if measures.concept in self.concepts:
-            raise PowersteerError(f"held out too, as '{self.concepts[measures.concept]}': the same subject")
+        same = self.concepts.get(measures.concept or "")
+        if same is not None:
+            raise PowersteerError(f"held out too, as '{same}': the same subject")
         if measures.digest in self.digests:
             raise PowersteerError(f"held out too, as '{self.digests[measures.digest]}': the same file")
         for i in np.flatnonzero(self.shapes @ measures.shape >= 256 - 2 * ALIKE):
@@ -168,8 +169,8 @@ class Maker:
         condition = self.extractor(subject)
         if isinstance(condition, Image.Image) and not same_aspect(condition.size, subject.picture.size):
             raise PowersteerError(
-                f"{recipe.registered.name} made a condition of {condition.width}×{condition.height} pixels of a picture "
-                f"of {subject.picture.width}×{subject.picture.height}"
+                f"{recipe.registered.name} made a condition of {condition.width}×{condition.height} pixels of a "
+                f"picture of {subject.picture.width}×{subject.picture.height}"
             )
         return content or _encoded(subject.picture, loaded.suffix), loaded.suffix, condition
 

@@ -17,12 +17,11 @@ from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-import powersteer.conditions.catalogue  # registers the extractors
 from powersteer.conditions.extractor import EXTRACTORS, Registered, Task
 from powersteer.config import StrictConfig
 from powersteer.data.files import write_whole
 from powersteer.data.ledger import FOLDER, Ledger, Shards, log_path, read_log, rejected_table
-from powersteer.data.make import HeldOut, Job, Maker, Outcome, Recipe, measure
+from powersteer.data.make import HeldOut, Job, Outcome, Recipe, measure
 from powersteer.data.sources import OPENMOJI, find_source
 from powersteer.data.sources.base import Captions, Item, Source, Wanted
 from powersteer.data.workers import available, in_processes
@@ -84,6 +83,10 @@ class Prepared:
     complete: bool
     """Whether all parts are done."""
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "out_dir": str(self.out_dir)}
+
 
 def prepare(config: PrepareConfig, console: Console | None = None) -> Prepared:
     """Make a pair of every picture; the same command goes on with a run that was interrupted.
@@ -119,8 +122,9 @@ def _run(
     ledger = Ledger(config.out_dir, config.shard_index, config.num_shards)
     shards = Shards(config.out_dir, config.shard_index) if config.shards else None
     try:
-        for outcome in ledger.outcomes if shards else ():
-            shards.add(outcome)
+        if shards:
+            for outcome in ledger.outcomes:
+                shards.add(outcome)
         done = {(one.split, one.key) for one in ledger.outcomes}
         left = [job for job in mine if (job.item.split, job.key) not in done]
         bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

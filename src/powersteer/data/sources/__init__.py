@@ -30,5 +30,5 @@ def find_source(source: str) -> Source:
     root = Path(source)
     found = next((kind for kind in ROOTS if kind.fits(root)), None)
     if found is None:
-        raise PowersteerError(f"there is no folder {source}: give one with pictures, a COCO or ADE20K root, or openmoji")
+        raise PowersteerError(f"there is no folder {source}: give pictures, a COCO or ADE20K root, or openmoji")
     return found(root)

@@ -122,17 +122,17 @@ def _read(path: Path, *, keep_text: bool) -> tuple[dict[int, tuple[str, tuple[in
     found: defaultdict[int, list[Any]] = defaultdict(list)
     names: dict[int, str] = {}
     keys: set[str] = set()
-    try:
-        for key, record, span in scan(path):
-            keys.add(key)
+    for key, record, span in scan(path):
+        keys.add(key)
+        try:
             if key == "images":
                 images[record["id"]] = record["file_name"], (record["width"], record["height"])
             elif key == "annotations":
                 found[record["image_id"]].append((span, record["caption"]) if keep_text else span)
             elif key == "categories":
                 names[record["id"]] = record["name"]
-    except KeyError as error:
-        raise PowersteerError(f"{path} is not COCO's JSON: a record of '{key}' has no {error}") from None
+        except KeyError as error:
+            raise PowersteerError(f"{path} is not COCO's JSON: a record of '{key}' has no {error}") from None
     if "images" not in keys:
         raise PowersteerError(f"{path} is not COCO's JSON: it has no 'images'")
     if keep_text:

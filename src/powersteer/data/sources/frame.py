@@ -80,9 +80,7 @@ class Frame:
             return self.orientation in _TURNS
         if size != self.picture.size:
             width, height = self.picture.size
-            raise PowersteerError(
-                f"the annotation is for {size[0]}×{size[1]} pixels, its picture has {width}×{height}"
-            )
+            raise PowersteerError(f"the annotation is for {size[0]}×{size[1]} pixels, its picture has {width}×{height}")
         return False
 
 

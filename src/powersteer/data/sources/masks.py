@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
 
 from powersteer.errors import PowersteerError
 
@@ -66,11 +65,18 @@ def _runs(runs: Sequence[int], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
 
 
 def _polygons(polygons: Any, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    canvas = Image.new("1", size)
-    draw = ImageDraw.Draw(canvas)
+    """The pixels whose middle lies in any of the polygons, by the even-odd rule."""
+    width, height = size
+    mask = np.zeros((height, width), dtype=np.bool_)
     for polygon in polygons:
-        # COCO counts from the corner of a pixel, Pillow from its middle.
-        points = [(float(x) - 0.5, float(y) - 0.5) for x, y in zip(polygon[::2], polygon[1::2], strict=True)]
-        if len(points) > 2:
-            draw.polygon(points, fill=1)
-    return np.asarray(canvas)
+        points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+        # Where an edge crosses a row's middle, inside and outside change places from there to the right.
+        changes = np.zeros((height, width + 1), dtype=np.uint8)
+        for (x1, y1), (x2, y2) in zip(points, np.roll(points, -1, axis=0), strict=True):
+            first, last = np.clip(np.ceil(np.array([min(y1, y2), max(y1, y2)]) - 0.5), 0, height).astype(int)
+            rows = np.arange(first, last)
+            if rows.size:
+                crossings = x1 + (rows + 0.5 - y1) * (x2 - x1) / (y2 - y1)
+                changes[rows, np.clip(np.ceil(crossings - 0.5), 0, width).astype(int)] ^= 1
+        mask |= np.bitwise_xor.accumulate(changes[:, :width], axis=1).astype(np.bool_)
+    return mask

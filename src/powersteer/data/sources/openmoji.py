@@ -57,7 +57,9 @@ class OpenMoji:
         splits = split_by_concept([drawing.concept for drawing in self.drawings])
         size = wanted.resolution or SIZE
         return [
-            Item(one.svg.stem, splits[one.concept], partial(_load, one.svg, wanted.task, size), (one.name,), one.concept)
+            Item(
+                one.svg.stem, splits[one.concept], partial(_load, one.svg, wanted.task, size), (one.name,), one.concept
+            )
             for one in self.drawings
         ]
 
