@@ -24,22 +24,10 @@ from powersteer.data.prepare import PrepareConfig, keys_of, prepare
 from powersteer.data.sources.base import Item
 from powersteer.data.workers import in_processes
 from powersteer.errors import PowersteerError
+from spawned import Edges, build_double
 from test_sources import noise, write_ade20k, write_coco, write_faults
 
 QUIET = Console(quiet=True)
-
-
-class Edges:
-    """Where a pixel differs from its left neighbour."""
-
-    def __call__(self, subject):
-        grey = np.asarray(subject.picture.convert("L")).astype(int)
-        return Image.fromarray((np.abs(np.diff(grey, axis=1, prepend=0)) > 20).astype(np.uint8) * 255)
-
-    def record(self):
-        return {"kind": "sketch", "channels": 1, "extractor": "test-edges"}
-
-
 EXTRACTORS.add("sketch", "test-edges")(Edges)
 
 
@@ -145,8 +133,9 @@ def test_openmoji_in_every_task(tmp_path, monkeypatch, task):
 
     listed = openmoji.list_drawings()
     splits = openmoji.split_by_concept([one.concept for one in listed])
-    some = [[one for one in listed if splits[one.concept] == split][:3] for split in ("train", "validation", "test")]
-    monkeypatch.setattr(openmoji, "list_drawings", lambda: sum(some, []))
+    names = ("train", "validation", "test")
+    some = [one for name in names for one in [one for one in listed if splits[one.concept] == name][:3]]
+    monkeypatch.setattr(openmoji, "list_drawings", lambda: some)
     monkeypatch.setattr(openmoji, "split_by_concept", lambda concepts: splits)
     result = run("openmoji", tmp_path / "out", task=task, extractor=None)
     assert sum(result.pairs.values()) + result.rejected == 9 and set(result.pairs) == {"train", "validation", "test"}
@@ -171,7 +160,9 @@ def test_nothing_held_out_is_among_the_training_pictures(tmp_path):
     source = tmp_path / "source"
     train, held_out = pictures(source / "train", 6), pictures(source / "val", 3, seed=50)
     (train / "0.jpg").write_bytes((held_out / "0.jpg").read_bytes())
-    Image.open(held_out / "1.jpg").resize((64, 48), Image.Resampling.BICUBIC).save(train / "1.jpg", quality=60)
+    smooth = noise(9, (6, 4)).resize((96, 64), Image.Resampling.BICUBIC)
+    smooth.save(held_out / "1.jpg", quality=95)
+    smooth.resize((72, 48), Image.Resampling.BICUBIC).save(train / "1.jpg", quality=80)
     result = run(source, tmp_path / "out")
     assert result.pairs == {"train": 4, "validation": 3}  # "2.jpg" is a name in both, and another picture
     assert rejected(tmp_path / "out") == {
@@ -357,11 +348,14 @@ def test_shards_go_on_where_they_stopped(tmp_path, monkeypatch):
 KILLED = """
 import time
 from pathlib import Path
-from test_prepare import Edges, run
+from powersteer.data.prepare import PrepareConfig, prepare
+from powersteer.conditions.extractor import EXTRACTORS
+from spawned import Edges
+EXTRACTORS.add("sketch", "test-edges")(Edges)
 call = Edges.__call__
 Edges.__call__ = lambda self, subject: time.sleep(0.05) or call(self, subject)
 if __name__ == "__main__":
-    run(Path("source"), Path("out"), workers=2)
+    prepare(PrepareConfig(task="sketch", source="source", out_dir="out", extractor="test-edges", workers=2))
 """
 
 
@@ -410,10 +404,6 @@ def test_two_processes_at_one_part(tmp_path):
     run(source, tmp_path / "out")
     with FileLock(tmp_path / "out" / "rows" / "00000-of-00001.lock"), pytest.raises(PowersteerError, match="another"):
         run(source, tmp_path / "out")
-
-
-def build_double():
-    return lambda value: (os._exit(3) if value < 0 else 2 * value, os.getpid())
 
 
 def test_processes_share_the_work_and_a_death_is_told():

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from powersteer.errors import PowersteerError
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under another name and rename it.
+def write_whole(path: Path, content: bytes, writer: str = "") -> None:
+    """Write a file under another name and rename it; what a kill left of it is written over the next time.
+
+    Args:
+        path: The file.
+        content: All of it.
+        writer: Tells apart those that may write the same file at once.
 
     Raises:
         PowersteerError: It cannot be written.
     """
-    partial = path.with_name(f".{os.getpid()}.{path.name[-100:]}")
+    partial = path.with_name(f".{writer}{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,13 +21,15 @@ from powersteer.conditions.extractor import EXTRACTORS, Registered, Task
 from powersteer.config import StrictConfig
 from powersteer.data.files import write_whole
 from powersteer.data.ledger import FOLDER, Ledger, Shards, log_path, read_log, rejected_table
-from powersteer.data.make import HeldOut, Job, Outcome, Recipe, measure
+from powersteer.data.make import HeldOut, Job, Measures, Outcome, Recipe, measure
 from powersteer.data.sources import OPENMOJI, find_source
 from powersteer.data.sources.base import Captions, Item, Source, Wanted
 from powersteer.data.workers import available, in_processes
 from powersteer.errors import PowersteerError
 
 DESCRIPTION = "dataset.json"
+FEW = 16
+"""Items that one process is done with while another starts."""
 LONGEST_KEY = 100
 """Characters of a file's name; a longer one is cut, and told apart by a digest."""
 
@@ -140,8 +142,7 @@ def _run(
                 resolution=config.resolution,
             )
             task = progress.add_task("making pairs", total=len(mine), completed=len(mine) - len(left))
-            # Few are not worth the start of processes.
-            for outcome in in_processes(recipe.build, left, min(workers, max(1, len(left)))):
+            for outcome in in_processes(recipe.build, left, _worth(workers, len(left))):
                 ledger.add(outcome)
                 if shards:
                     shards.add(outcome)
@@ -167,7 +168,7 @@ def _held_out(items: Sequence[Item], left: Sequence[Job], workers: int, progress
     measures = [
         one
         for one in progress.track(
-            in_processes(_measurer, held_out, min(workers, max(1, len(held_out)))), task_id=task, total=len(held_out)
+            in_processes(_measurer, held_out, _worth(workers, len(held_out))), task_id=task, total=len(held_out)
         )
         if one is not None
     ]
@@ -175,7 +176,12 @@ def _held_out(items: Sequence[Item], left: Sequence[Job], workers: int, progress
     return HeldOut(concepts, sorted(measures, key=lambda one: one.name))
 
 
-def _measurer() -> Any:
+def _worth(workers: int, items: int) -> int:
+    """Processes for so many items: few are not worth their start."""
+    return max(1, min(workers, items // FEW))
+
+
+def _measurer() -> Callable[[Item], Measures | None]:
     return measure
 
 
@@ -186,13 +192,14 @@ def _assemble(config: PrepareConfig, jobs: Sequence[Job]) -> bool:
         outcomes |= {(one.split, one.key): one for one in read_log(log_path(config.out_dir, part, config.num_shards))}
     if len(outcomes) < len(jobs):
         return False
+    writer = f"{config.shard_index}-"
     ordered = [outcomes[job.item.split, job.key] for job in jobs]
-    write_whole(config.out_dir / "rejected.csv", rejected_table(ordered))
+    write_whole(config.out_dir / "rejected.csv", rejected_table(ordered), writer)
     if not config.shards:
         for split in {one.split for one in ordered}:
             rows = [json.dumps(one.row, ensure_ascii=False) for one in ordered if one.split == split and one.row]
             if rows:
-                write_whole(config.out_dir / split / "metadata.jsonl", ("\n".join(rows) + "\n").encode())
+                write_whole(config.out_dir / split / "metadata.jsonl", ("\n".join(rows) + "\n").encode(), writer)
     return True
 
 
@@ -259,5 +266,5 @@ def _describe(config: PrepareConfig, source: Source, items: Sequence[Item], reco
             f"{config.out_dir} was begun otherwise ({differing} differ): give a new folder, or the settings of "
             f"{DESCRIPTION}"
         )
-    write_whole(path, (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(path, (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode(), f"{config.shard_index}-")
     (config.out_dir / FOLDER).mkdir(exist_ok=True)

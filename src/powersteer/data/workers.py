@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -66,11 +67,10 @@ def _start(build: Callable[[], Callable[[Any], Any]]) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops, and stops its processes
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    os.environ["OPENCV_FOR_THREADS_NUM"] = "1"
-    import torch
-
-    torch.set_num_threads(1)  # a process a core is enough
+    os.environ["OPENCV_FOR_THREADS_NUM"] = "1"  # a process a core is enough
     _work = build()
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 def _leave_with_parent() -> None:
