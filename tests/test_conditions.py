@@ -69,7 +69,8 @@ def test_a_tensor_passes_as_it_is():
     [
         ([drawn(), drawn(size=(20, 20))], 1, "pictures of one size"),
         ([], 1, "one or more pictures"),
-        (drawn(), 4, "4 channels is no PIL picture"),
+        (drawn(), 5, "5 channels is no PIL picture"),
+        (drawn(), 4, "no alpha channel: a condition of 4 channels is colour in RGB and structure in alpha"),
         (torch.rand(1, 8, 8), 1, r"must have shape \(N, 1, H, W\), not \(1, 8, 8\)"),
         (torch.zeros(1, 1, 8, 8) - 0.5, 1, r"in \[0, 1\], not \[-0.5, -0.5\]"),
     ],

@@ -359,6 +359,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_with_its_processes_it_goes_on(tmp_path):
     """SIGKILL amid the work: no row without whole files, none of them made again, and no process left behind."""
     source = pictures(tmp_path / "source", 60)

@@ -401,7 +401,7 @@ def test_empty_and_missing_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no array", np.ones((2, 2), np.float32), np.full((1, 1, 1), np.nan), np.ones((1, 1, 1), int)]
+    "content", [b"", b"no array", np.ones((2, 2), np.float32), np.full((1, 1, 1), np.nan), np.ones((1, 1, 1), complex)]
 )
 def test_malformed_features(tmp_path, content):
     noise().save(tmp_path / "a.png")

@@ -38,7 +38,8 @@ out = Console()
 @app.command()
 def generate(
     condition: Annotated[
-        list[Path] | None, typer.Option(help="The drawing to follow: PNG, JPEG, …; once for each adapter.")
+        list[Path] | None,
+        typer.Option(help="What to follow: PNG, JPEG, … (features: .npy); once for each adapter."),
     ] = None,
     prompt: Annotated[str, typer.Option(help="What it shows.", show_default=False)] = "",
     adapter: Annotated[
@@ -310,8 +311,12 @@ def demo(
 def data_check(
     folder: Annotated[Path, typer.Argument(help="The pairs, in any layout that `train` reads.", show_default=False)],
     validation: Annotated[Path | None, typer.Option(help="Held-out pairs, compared for leakage.")] = None,
-    conditioning_channels: Annotated[int, typer.Option(min=1, max=3, help="1 (grey) or 3 (RGB).")] = 1,
-    kind: Annotated[str, typer.Option(help="What the condition is: sketch, segmentation, layout, …")] = "sketch",
+    conditioning_channels: Annotated[
+        int | None, typer.Option(min=1, help="1 (grey), 3 (RGB), 4 (RGBA), …; else what dataset.json says, else 1.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="sketch, segmentation, layout, …; else what dataset.json says, else sketch.")
+    ] = None,
     image_column: Annotated[str, typer.Option(help="Where columns have names.")] = "image",
     conditioning_image_column: Annotated[str, typer.Option(help="Where columns have names.")] = "conditioning_image",
     caption_column: Annotated[str, typer.Option(help="Where columns have names.")] = "text",
@@ -322,8 +327,6 @@ def data_check(
     from powersteer.data.check import check_pairs
     from powersteer.data.layouts import Columns
 
-    if conditioning_channels == 2:
-        raise PowersteerError("--conditioning-channels must be 1 (grey) or 3 (RGB)")
     report = check_pairs(
         folder,
         validation=validation,

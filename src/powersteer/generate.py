@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from powersteer.base import EMBEDDED_BASE, load_adapter, load_base
-from powersteer.conditions.sketch import open_picture, sketch_condition
-from powersteer.conditions.tensors import PIL_MODES
+from powersteer.conditions.files import check_condition, read_condition
+from powersteer.conditions.sketch import open_picture
 from powersteer.config import StrictConfig, build_config
 from powersteer.errors import PowersteerError
 from powersteer.model import BPSModel
-from powersteer.pictures import from_pil, save_grid
+from powersteer.pictures import condition_picture, from_pil, save_grid
 from powersteer.steering import check_fits, steer
 
 GUIDANCE_SCALE = 3.0
@@ -148,16 +148,16 @@ def generate(
         if len(job.condition) != len(settings.adapter):
             raise PowersteerError(f"{len(settings.adapter)} adapters need as many conditions, not {len(job.condition)}")
     for file in dict.fromkeys(file for job in jobs for file in job.condition):
-        open_picture(file)  # that the last of a thousand is broken is said now, not in an hour
+        check_condition(file)  # that the last of a thousand is broken is said now, not in an hour
     models = [load_adapter(name) for name in settings.adapter]
     pipe, inputs = _pipeline(settings)
     for model in models:
         check_fits(model, pipe)
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    latents = pipe.unet.config.sample_size
 
     @lru_cache(maxsize=64)
-    def conditions_of(files: tuple[Path, ...]) -> list[tuple[Image.Image, bool]]:
-        return [_condition(file, model, side) for file, model in zip(files, models, strict=True)]
+    def conditions_of(files: tuple[Path, ...]) -> list[tuple[torch.Tensor, bool]]:
+        return [_condition(file, model, latents) for file, model in zip(files, models, strict=True)]
 
     steering = {name: _for_each(name, getattr(settings, name), models) for name in ("scale", "start", "end")}
     first = 0 if resume else _next_number(out_dir)
@@ -178,7 +178,7 @@ def generate(
                     pipe,
                     models,
                     [job.prompt for job in part],
-                    [[row[k][0] for row in (drawn[:1] if alike else drawn)] for k in range(len(models))],
+                    [torch.stack([row[k][0] for row in (drawn[:1] if alike else drawn)]) for k in range(len(models))],
                     seeds=[job.seed for job in part],
                     negative_prompt=[job.negative_prompt for job in part],
                     num_inference_steps=settings.num_inference_steps,
@@ -271,14 +271,11 @@ def _fit(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def _condition(file: Path, model: BPSModel, side: int) -> tuple[Image.Image, bool]:
-    """The picture as ``model`` reads it, and whether it was inverted."""
-    picture, channels = open_picture(file), model.config["conditioning_channels"]
-    if channels == 1:
-        return sketch_condition(picture, (side, side))
-    if channels not in PIL_MODES:
-        raise PowersteerError(f"an adapter of {channels} channels is steered by a tensor, from Python")
-    return _fit(picture, side), False
+def _condition(file: Path, model: BPSModel, latents: int) -> tuple[torch.Tensor, bool]:
+    """The file as ``model`` reads it (C, H, W), and whether it was inverted; ``latents`` are so many a side."""
+    side = latents * model.config["pixel_unshuffle"]
+    kind = (model.config["conditioning"] or {}).get("kind")
+    return read_condition(file, model.config["conditioning_channels"], kind, (side, side))
 
 
 def _for_each(name: str, values: Sequence[float], models: Sequence[BPSModel]) -> list[float]:
@@ -317,18 +314,18 @@ def _save(picture: Image.Image, file: Path, record: dict[str, Any]) -> None:
 
 
 def _save_grid(
-    path: Path, jobs: Sequence[PictureJob], files: Sequence[Path], drawings: Callable[[PictureJob], list[Image.Image]]
+    path: Path, jobs: Sequence[PictureJob], files: Sequence[Path], drawings: Callable[[PictureJob], list[torch.Tensor]]
 ) -> None:
     """Conditions beside what was made of them: once where all pictures share them, else for each."""
     alike = len({job.condition for job in jobs}) == 1
-    cells = drawings(jobs[0]) if alike else []
+    with Image.open(files[0]) as first:
+        size = (first.height, first.width)
+    cells = [condition_picture(drawing, size) for drawing in drawings(jobs[0])] if alike else []
     count = min(len(jobs), GRID_PICTURES)
     for i in (k * len(jobs) // count for k in range(count)):
-        cells += [] if alike else drawings(jobs[i])
+        cells += [] if alike else [condition_picture(drawing, size) for drawing in drawings(jobs[i])]
         with Image.open(files[i]) as picture:
-            cells.append(picture.convert("RGB"))
+            cells.append(from_pil(picture))
     of_one = 1 + len(jobs[0].condition)
     columns = len(cells) if len(cells) <= GRID_COLUMNS else GRID_COLUMNS // of_one * of_one
-    save_grid(
-        torch.stack([from_pil(cell) for cell in cells]), path, columns=columns, scale=max(1, 128 // cells[0].width)
-    )
+    save_grid(torch.stack(cells), path, columns=columns, scale=max(1, 128 // size[1]))

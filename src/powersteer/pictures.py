@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 
@@ -20,6 +21,21 @@ def from_pil(image: Image.Image) -> torch.Tensor:
     """A PIL picture as (3, H, W) in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image.convert("RGB")))
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def condition_picture(condition: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A condition (C, H, W) for people to look at: (3, height, width) in [-1, 1].
+
+    Structure is drawn as ink over its colours; of features, the mean over the channels is shown, dark to light.
+    """
+    if len(condition) == 4:
+        shown = condition[:3] * (1 - condition[3:])
+    elif len(condition) in (1, 3):
+        shown = condition.expand(3, -1, -1)
+    else:
+        mean = condition.mean(0, keepdim=True)
+        shown = ((mean - mean.min()) / (mean.max() - mean.min()).clamp_min(1e-12)).expand(3, -1, -1)
+    return F.interpolate(shown[None].float(), size, mode="nearest")[0].clamp(0, 1) * 2 - 1
 
 
 def save_grid(

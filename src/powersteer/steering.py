@@ -55,9 +55,10 @@ def steer(
     Args:
         pipe: A diffusers pipeline, or a bare U-Net.
         model: The steering network, made for this U-Net.
-        condition: PIL picture(s), or a tensor (N, C, H, W) in [0, 1]. In a pipeline, N is 1, the number of prompts
-            (each prompt's images share its condition) or the number of images. On a bare U-Net, N is 1, the batch, or
-            half of it (the two halves of classifier-free guidance, the unconditional one first).
+        condition: PIL picture(s), or a tensor (N, C, H, W) in [0, 1], or in the range that the network's config tells.
+            In a pipeline, N is 1, the number of prompts (each prompt's images share its condition) or the number of
+            images. On a bare U-Net, N is 1, the batch, or half of it (the two halves of classifier-free guidance, the
+            unconditional one first).
         scale: Strength of the steering; 0 is the prior.
         start: Where steering sets in, as a share of the way from noise (0) to picture (1), by the timestep.
         end: Where it ends.
@@ -169,9 +170,11 @@ class _Source:
     def of(cls, model: BPSModel, picture: Any, scale: float, start: float, end: float, *, plan: Plan) -> _Source:
         if not 0 <= start <= end <= 1:
             raise PowersteerError(f"start and end must satisfy 0 ≤ start ≤ end ≤ 1, not {start:g} and {end:g}")
-        condition = to_condition(picture, model.config["conditioning_channels"]).to(next(model.parameters()))
+        said = model.config["conditioning"] or {}
+        bounds = said.get("range", (0, 1))
+        condition = to_condition(picture, model.config["conditioning_channels"], bounds).to(next(model.parameters()))
         ink = condition.mean().item()
-        if (model.config["conditioning"] or {}).get("kind") == "sketch" and ink > 0.5:
+        if said.get("kind") == "sketch" and ink > 0.5:
             warnings.warn(f"{ink:.0%} of the sketch is ink, which is 1 on 0: is it inverted?", stacklevel=4)
         kept = plan_of(model) if isinstance(plan, str) else plan
         return cls(model, condition, scale, start, end, kept)

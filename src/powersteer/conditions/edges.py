@@ -7,7 +7,6 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 from pydantic import Field
 
@@ -78,7 +77,7 @@ class XDoG(StrictConfig):
     def __call__(self, subject: Subject) -> Image.Image:
         """Mode L, ink 255 on 0."""
         cv2 = _opencv("xdog")
-        grey: npt.NDArray[np.float32] = np.asarray(subject.picture.convert("L"), dtype=np.float32) / 255
+        grey = np.asarray(subject.picture.convert("L"), dtype=np.float32) / 255
         narrow, wide = (cv2.GaussianBlur(grey, (0, 0), sigma) for sigma in (self.sigma, self.k * self.sigma))
         above = narrow - self.tau * wide - self.epsilon
         paper = np.where(above >= 0, 1, 1 + np.tanh(self.phi * above))

@@ -93,8 +93,9 @@ class Registry:
         """
 
         def register(build: Factory) -> Factory:
-            checked = isinstance(build, type) and issubclass(build, StrictConfig)
-            make = partial(from_settings, build, f"{task} {name}") if checked else build
+            kind: Any = build
+            checked = isinstance(kind, type) and issubclass(kind, StrictConfig)
+            make: Any = partial(from_settings, kind, f"{task} {name}") if checked else kind
             self.known[task, name] = Registered(task, name, needs, make)
             return build
 

@@ -13,6 +13,8 @@ LABEL_MAPS = ("segmentation", "layout")
 """Kinds whose colours are labels: a mixture of two of them means nothing. Black is no label."""
 FEATURE = "feature"
 """The kind that is no picture: a map (C, h, w) of any numbers, at the latents' size."""
+FEATURE_SUFFIX = ".npy"
+"""Of its files."""
 
 
 def conditioning_record(kind: str) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from PIL import Image
 from powersteer.errors import PowersteerError
 
 BUILT_IN = ("ade20k", "coco-stuff", "openmoji")
-"""``ade20k``: the 150 classes of scene parsing, in the colours in wide use; two of them, road and skyscraper, share one.
-``coco-stuff``: the 182 categories, things and stuff, in the order of their ids; since no colours are canonical, that of
-id n is the n-th of the PASCAL VOC colour map (`voc_colours`)."""
+"""``ade20k``: the 150 classes of scene parsing, in the colours in wide use; road and skyscraper share one.
+``coco-stuff``: the 182 categories, things and stuff, in the order of their ids; no colours are canonical, so that of id
+n is colour n of the PASCAL VOC map (`voc_colours`). ``openmoji``: the colours that its artists paint with."""
 NO_LABEL = -1
 """Drawn black."""
 
@@ -131,8 +131,8 @@ class Palette:
 def voc_colours(count: int) -> Pixels:
     """The first colours (count, 3) of the PASCAL VOC colour map.
 
-    The bits of an index go to red, green, blue, red, … in turn, and in each channel from the highest bit down; the first
-    colour is black, and the first 256 are distinct.
+    The bits of an index go to red, green, blue, red, … in turn, and in each channel from the highest bit down; the
+    first colour is black, and the first 256 are distinct.
     """
     index = np.arange(count)[:, None]
     colours = np.zeros((count, 3), dtype=np.int64)

@@ -6,23 +6,26 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from powersteer.conditions.tensors import NO_STRUCTURE
 from powersteer.errors import PowersteerError
 
 MIN_SIDE = 8
 """Pixels: anything smaller is a mistake, not a drawing."""
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Read a picture upright, transparency on white, as RGB.
+def open_picture(path: Path, paper: str | None = "white") -> Image.Image:
+    """Read a picture upright as RGB, what is transparent on ``paper``; as RGBA without paper.
 
     Raises:
-        PowersteerError: There is no such file, or it is no readable picture.
+        PowersteerError: There is no such file, it is no readable picture, or (without paper) it has no alpha channel.
     """
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith(("I", "F")):
                 raise PowersteerError(f"{path} has {upright.mode} pixels: save it with 8 bits a channel")
+            if paper is None and not upright.has_transparency_data:
+                raise PowersteerError(f"{path} {NO_STRUCTURE}")
             layers = upright.convert("RGBA")
     except FileNotFoundError:
         raise PowersteerError(f"{path} does not exist") from None
@@ -30,8 +33,9 @@ def open_picture(path: Path) -> Image.Image:
         raise PowersteerError(f"{path} is not a readable picture ({error})") from None
     if min(layers.size) < MIN_SIDE:
         raise PowersteerError(f"{path} is {layers.width}×{layers.height} pixels: too small to steer by")
-    paper = Image.new("RGBA", layers.size, "white")
-    return Image.alpha_composite(paper, layers).convert("RGB")
+    if paper is None:
+        return layers
+    return Image.alpha_composite(Image.new("RGBA", layers.size, paper), layers).convert("RGB")
 
 
 def sketch_condition(picture: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, bool]:

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from powersteer.conditions.kinds import POLARITY
+from powersteer.conditions.kinds import FEATURE, INK, LABEL_MAPS
 from powersteer.conditions.tensors import PIL_MODES
+from powersteer.data.conditioning import Conditioning, conditioning_of
 from powersteer.data.layouts import Columns, read_rows
 from powersteer.data.pairs import same_aspect
 from powersteer.data.rows import Row
@@ -61,8 +62,8 @@ def check_pairs(
     folder: Path,
     *,
     validation: Path | None = None,
-    conditioning_channels: int = 1,
-    kind: str = "sketch",
+    conditioning_channels: int | None = None,
+    kind: str | None = None,
     columns: Columns | None = None,
     default_prompt: str | None = None,
 ) -> DataReport:
@@ -71,8 +72,8 @@ def check_pairs(
     Args:
         folder: Pairs in any layout.
         validation: Held-out pairs: checked too, and compared with the folder's for leakage.
-        conditioning_channels: 1 (grey) or 3 (RGB).
-        kind: Of the condition.
+        conditioning_channels: 1 (grey), 3 (RGB), 4 (RGBA), or a feature map's; see `conditioning_of`.
+        kind: Of the condition; see `conditioning_of`.
         columns: What the layout calls its columns.
         default_prompt: Caption of pairs that have none.
 
@@ -81,14 +82,16 @@ def check_pairs(
     """
     errors: list[str] = []
     warnings: list[str] = []
-    mode = PIL_MODES[conditioning_channels]
-    train = _scan(folder, columns, mode, default_prompt, errors)
+    conditions = conditioning_of(str(folder), conditioning_channels, kind)
+    train = _scan(folder, columns, conditions, default_prompt, errors)
     facts: dict[str, Any] = {"pairs": len(train.rows)}
     if train.rows:
         widths, heights = train.sizes.T
         facts["width"], facts["height"] = _spread(widths), _spread(heights)
         facts["aspect_ratio"] = _spread(widths / heights)
         facts["condition"] = {
+            "kind": conditions.kind,
+            "channels": conditions.channels,
             "low": float(train.low.min()),
             "high": float(train.high.max()),
             "mean": _spread(train.mean),
@@ -96,9 +99,9 @@ def check_pairs(
         blank = [row.where for row, low, high in zip(train.rows, train.low, train.high, strict=True) if low == high]
         if blank:
             warnings.append(f"{len(blank)} conditions are blank, such as that of {blank[0]}")
-        if kind in POLARITY and np.median(train.mean) > 0.5:
+        if conditions.kind == "sketch" and np.median(train.mean) > 0.5:
             share = f"{np.median(train.mean):.0%}"
-            warnings.append(f"half of the conditions are {share} ink or more, {POLARITY[kind]}: are they inverted?")
+            warnings.append(f"half of the conditions are {share} ink or more, {INK}: are they inverted?")
         facts["captions"] = _captions(train.rows, warnings)
         doubles = [(i, j) for i, j in _alike(train, train) if i < j]
         facts["look_alikes"] = len({j for _, j in doubles})
@@ -107,7 +110,7 @@ def check_pairs(
             names = f"{train.rows[i].image.name} and {train.rows[j].image.name}"
             warnings.append(f"{facts['look_alikes']} pictures look like an earlier one, such as {names}")
     if validation is not None:
-        held_out = _scan(validation, columns, mode, default_prompt, errors)
+        held_out = _scan(validation, columns, conditions, default_prompt, errors)
         facts["validation_pairs"] = len(held_out.rows)
         leaks = _alike(train, held_out)
         facts["leaks"] = len({j for _, j in leaks})
@@ -118,24 +121,25 @@ def check_pairs(
     return DataReport(facts, errors, warnings)
 
 
-def _scan(folder: Path, columns: Columns | None, mode: str, default_prompt: str | None, errors: list[str]) -> _Scan:
+def _scan(
+    folder: Path, columns: Columns | None, conditions: Conditioning, default_prompt: str | None, errors: list[str]
+) -> _Scan:
     rows: list[Row] = []
     measures: list[tuple[Any, ...]] = []
     for row in track(read_rows(folder, columns, errors), f"reading {folder.name}", transient=True):
         try:
-            picture, condition = row.image.open("RGB"), row.conditioning_image.open(mode)
+            picture, (values, shape) = row.image.open("RGB"), _condition(row, conditions)
         except PowersteerError as error:
             errors.append(f"{row.where}: {error}")
             continue
-        if not same_aspect(picture.size, condition.size):
+        if not same_aspect(picture.size, shape):
             errors.append(
-                f"{row.where}: the condition is {condition.width}×{condition.height} pixels, its picture "
+                f"{row.where}: the condition is {shape[0]}×{shape[1]} pixels, its picture "
                 f"{picture.width}×{picture.height}: they must have one aspect ratio"
             )
             continue
         if row.text is None and default_prompt is None:
             errors.append(f"{row.where} has no caption: write one, or give default_prompt='…' for all")
-        values = np.asarray(condition, dtype=np.float32) / 255
         rows.append(row)
         thumbnail = np.asarray(picture.resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
         measures.append((picture.size, values.min(), values.max(), values.mean(), perceptual_hash(picture), thumbnail))
@@ -144,6 +148,25 @@ def _scan(folder: Path, columns: Columns | None, mode: str, default_prompt: str 
         return _Scan(rows, np.empty((0, 2)), none, none, none, np.empty((0, 256)), np.empty((0, 16, 16, 3)))
     sizes, low, high, mean, hashes, thumbnails = (np.array(column) for column in zip(*measures, strict=True))
     return _Scan(rows, sizes, low, high, mean, hashes, thumbnails)
+
+
+def _condition(row: Row, conditions: Conditioning) -> tuple[np.ndarray[Any, Any], tuple[int, int]]:
+    """A condition's values, and its width and height.
+
+    Raises:
+        PowersteerError: It cannot be read, or is not what the data set says.
+    """
+    if conditions.kind != FEATURE:
+        paper = "black" if conditions.kind in LABEL_MAPS else None
+        picture = row.conditioning_image.open(PIL_MODES[conditions.channels], paper)
+        return np.asarray(picture, dtype=np.float32) / 255, picture.size
+    values, bounds = row.conditioning_image.features(), conditions.record["range"]
+    channels, height, width = values.shape
+    if channels != conditions.channels:
+        raise PowersteerError(f"{row.conditioning_image} has {channels} channels, not {conditions.channels}")
+    if bounds is not None and not bounds[0] <= values.min() <= values.max() <= bounds[1]:
+        raise PowersteerError(f"{row.conditioning_image} has values outside {bounds}")
+    return values, (width, height)
 
 
 def perceptual_hash(picture: Image.Image) -> np.ndarray[Any, Any]:

@@ -32,6 +32,9 @@ SHARD = 256
 ENCODE_BATCH = 16
 """Pictures that the VAE encodes at once."""
 
+_CONDITION_DTYPES: dict[int, Any] = {1: np.uint8, 2: np.float16, 4: np.float32}
+"""Of cached conditions, by the bytes of a number."""
+
 T = TypeVar("T")
 TextStates = dict[str, torch.Tensor]
 """``encoder_hidden_states`` (N, T, D), and for SDXL ``text_embeds`` (N, D')."""
@@ -45,7 +48,7 @@ class Sample:
     image: torch.Tensor
     """Latents (C, h, w), float32; or the picture (3, H, W) in [-1, 1] where nothing is cached."""
     condition: torch.Tensor
-    """(C, H, W), uint8: 255 stands for 1."""
+    """(C, H, W), uint8: 255 stands for 1; features (C, h, w) are floating-point numbers."""
     texts: tuple[str, ...]
     generated_text: str | None
 
@@ -157,8 +160,9 @@ class EncodedPairs(Dataset[Sample]):
         start, end = shard.get_slice("offsets")[row : row + 2].tolist()
         packed = shard.get_slice("conditions")[start:end].numpy()
         height, width, channels = shard.get_slice("shape")[:].tolist()
-        pixels = np.frombuffer(zlib.decompress(packed), dtype=np.uint8).reshape(channels, height, width)
-        return latents, torch.from_numpy(pixels.copy())
+        content = zlib.decompress(packed)
+        dtype = _CONDITION_DTYPES[len(content) // (channels * height * width)]
+        return latents, torch.from_numpy(np.frombuffer(content, dtype).reshape(channels, height, width).copy())
 
     def _row(self, file: Path, row: int) -> dict[str, torch.Tensor]:
         shard = self._file(file)
@@ -179,8 +183,14 @@ def one_line_errors(loader: Iterable[list[Sample]]) -> Iterator[list[Sample]]:
 
 
 def conditions_of(samples: Sequence[Sample]) -> torch.Tensor:
-    """Conditions (N, C, H, W) in [0, 1]."""
-    return torch.stack([sample.condition for sample in samples]).float() / 255
+    """Conditions (N, C, H, W) in [0, 1]; features (N, C, h, w) as they are."""
+    conditions = torch.stack([sample.condition for sample in samples])
+    return conditions.float() / 255 if conditions.dtype == torch.uint8 else conditions.float()
+
+
+def pixels_of(pipe: Any, latents: torch.Tensor) -> tuple[int, int]:
+    """Height and width of the pictures that latents (N, C, h, w) stand for."""
+    return latents.shape[-2] * pipe.vae_scale_factor, latents.shape[-1] * pipe.vae_scale_factor
 
 
 def unet_inputs(states: TextStates, size: tuple[int, int]) -> dict[str, Any]:
@@ -262,7 +272,7 @@ def _encode(
             samples = [(i, view) for i in part for view in range(len(pairs.views))]
             shards |= {sample: (file, row) for row, sample in enumerate(samples)}
             pixels = size[0] * size[1]
-            nbytes = latent_channels * pixels // factor**2 * dtype.itemsize + pixels // 4  # conditions are compressed
+            nbytes = latent_channels * pixels // factor**2 * dtype.itemsize + pairs.transform.condition_bytes(size)
             jobs.append(_Job(file, len(samples), nbytes * len(samples), _latents(encoder, pairs, samples, dtype)))
     captions: dict[str, tuple[Path, int]] = {}
     text_digest = "".join(_digest_of(text_encoder) for text_encoder in encoder.text_encoders)
@@ -316,18 +326,18 @@ def _latents(
     def make() -> dict[str, torch.Tensor]:
         latents: list[torch.Tensor] = []
         packed: list[bytes] = []
-        channels, (height, width) = 1, pairs.sizes[samples[0][0]]
+        shape = torch.Size([])
         for part in _chunks(samples, ENCODE_BATCH):
             views = [pairs.view(*sample) for sample in part]
             latents.append(encoder.latents(torch.stack([image for image, _ in views])).to(dtype))
             packed += [zlib.compress(condition.numpy().tobytes(), 1) for _, condition in views]
-            channels = len(views[0][1])
+            shape = views[0][1].shape
         offsets = np.cumsum([0, *(len(content) for content in packed)])
         return {
             "latents": torch.cat(latents).contiguous(),
             "conditions": torch.from_numpy(np.frombuffer(b"".join(packed), dtype=np.uint8).copy()),
             "offsets": torch.from_numpy(offsets.astype(np.int64)),
-            "shape": torch.tensor([height, width, channels]),
+            "shape": torch.tensor([*shape[1:], shape[0]]),
         }
 
     return make

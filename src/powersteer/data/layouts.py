@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
+from powersteer.conditions.kinds import FEATURE_SUFFIX
 from powersteer.data.rows import Picture, Row
 from powersteer.errors import PowersteerError
 
@@ -145,7 +146,7 @@ class Basenames:
 
     def rows(self, folder: Path, columns: Columns) -> Iterator[ReadRow]:
         """By name."""
-        conditions = {file.stem: file for file in _pictures(folder / "conditioning_images")}
+        conditions = {file.stem: file for file in _pictures(folder / "conditioning_images", FEATURE_SUFFIX)}
         for i, image in enumerate(_pictures(folder / "images")):
             yield partial(Basenames._row, f"{folder.name}[{i}]", image, conditions.get(image.stem))
 
@@ -206,7 +207,7 @@ def shard_row(
     where = f"{shard.rpartition('/')[2]}[{key}]"
 
     def picture(column: str, plain: bool) -> Picture:
-        kinds = [column + suffix for suffix in PICTURE_SUFFIXES]
+        kinds = [column + suffix for suffix in (*PICTURE_SUFFIXES, *(() if plain else (FEATURE_SUFFIX,)))]
         kinds += [suffix[1:] for suffix in PICTURE_SUFFIXES] if plain else []
         found = next((parts[kind] for kind in kinds if kind in parts), None)
         if found is None:
@@ -310,8 +311,8 @@ def _file(where: str, row: dict[str, Any], column: str, folder: Path) -> Picture
     return Picture(str(path), column, path.read_bytes, path)
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+def _pictures(folder: Path, *others: str) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in (*PICTURE_SUFFIXES, *others))
 
 
 def key_and_kind(name: str) -> tuple[str, str]:

@@ -7,13 +7,15 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
-from powersteer.conditions.kinds import LABEL_MAPS
-from powersteer.conditions.tensors import PIL_MODES
+from powersteer.conditions.kinds import FEATURE, LABEL_MAPS
+from powersteer.conditions.tensors import PIL_MODES, resized
 from powersteer.data.contents import Contents
 from powersteer.data.layouts import Columns, read_rows
 from powersteer.data.rows import Row
@@ -55,23 +57,35 @@ class Transform:
     """A row → tensors. Picture and condition are scaled to cover the size, cropped and mirrored alike.
 
     Args:
-        conditioning_channels: 1 (grey) or 3 (RGB).
-        kind: Of the condition; label maps are scaled without interpolation.
+        conditioning_channels: 1 (grey), 3 (RGB), 4 (RGBA: colour and structure), or a feature map's.
+        kind: Of the condition; label maps are scaled without interpolation, feature maps only mirrored.
+        vae_scale_factor: Pixels a side of one latent, which is one of a feature map.
     """
 
-    def __init__(self, conditioning_channels: int = 1, kind: str = "sketch") -> None:
-        self.mode = PIL_MODES[conditioning_channels]
+    def __init__(self, conditioning_channels: int = 1, kind: str = "sketch", vae_scale_factor: int = 8) -> None:
+        self.channels, self.vae_scale_factor = conditioning_channels, vae_scale_factor
+        self.mode = None if kind == FEATURE else PIL_MODES[conditioning_channels]
+        """None for feature maps."""
         self.resampling = Image.Resampling.NEAREST if kind in LABEL_MAPS else Image.Resampling.LANCZOS
+        self.paper = "black" if kind in LABEL_MAPS else None  # what has no colour has no label
 
     def __call__(
         self, row: Row, size: Size, view: tuple[float, float, float, bool] = (1.0, 0.5, 0.5, False)
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The picture (3, H, W), float in [-1, 1], and its condition (C, H, W), uint8, where 255 stands for 1.
 
+        Features (C, h, w) are float16 or float32, as they are in their file.
+
         Raises:
             PowersteerError: A picture cannot be read, or condition and picture differ in aspect ratio.
         """
-        picture, condition = row.image.open("RGB"), row.conditioning_image.open(self.mode)
+        picture = row.image.open("RGB")
+        if self.mode is None:
+            features = self._features(row, picture.size, size)
+            image = _cut(picture, size, view, Image.Resampling.LANCZOS).float() / 127.5 - 1
+            mirrored = view[3]
+            return image, torch.from_numpy(features[..., ::-1].copy() if mirrored else features)
+        condition = row.conditioning_image.open(self.mode, self.paper)
         if not same_aspect(picture.size, condition.size):
             raise PowersteerError(
                 f"{row.where}: {row.conditioning_image} is {condition.width}×{condition.height} pixels, its picture "
@@ -80,6 +94,27 @@ class Transform:
         image = _cut(picture, size, view, Image.Resampling.LANCZOS).float() / 127.5 - 1
         return image, _cut(condition, size, view, self.resampling)
 
+    def condition_bytes(self, size: Size) -> int:
+        """Of a cached condition, about: pictures compress well, features do not."""
+        pixels = size[0] * size[1]
+        return pixels // 4 if self.mode else 4 * self.channels * pixels // self.vae_scale_factor**2
+
+    def _features(self, row: Row, picture: tuple[int, int], size: Size) -> npt.NDArray[np.floating[Any]]:
+        features = row.conditioning_image.features()
+        height, width = size
+        wanted = (self.channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        if features.shape != wanted:
+            raise PowersteerError(
+                f"{row.where}: {row.conditioning_image} has shape {features.shape}, not {wanted}: (channels, height, "
+                f"width) of the latents of a {width}×{height} picture"
+            )
+        if not same_aspect(picture, (width, height)):
+            raise PowersteerError(
+                f"{row.where}: {row.image} is {picture[0]}×{picture[1]} pixels and would be cropped to the shape of "
+                f"{width}×{height}, but its feature map cannot be: crop it first, or give another resolution"
+            )
+        return features
+
 
 class Pairs:
     """The pairs of a folder, in any layout of `powersteer.data.layouts`, decoded when asked for.
@@ -87,7 +122,7 @@ class Pairs:
     Args:
         folder: Where they lie; or the rows themselves.
         size: Pixels (height, width); the area and shape of the middle bucket when there are ``buckets``.
-        conditioning_channels: 1 (grey) or 3 (RGB).
+        conditioning_channels: See `Transform`.
         limit: Take only so many pairs, spread evenly over the folder.
         kind: Of the condition; see `powersteer.conditions.kinds`.
         columns: What the layout calls its columns.
@@ -95,6 +130,7 @@ class Pairs:
         buckets: Sizes to choose from, the nearest in aspect ratio for each picture; else all have ``size``.
         views: The versions of each pair.
         contents: Where the pictures' sizes are remembered.
+        vae_scale_factor: See `Transform`.
 
     Raises:
         PowersteerError: The folder or a row is malformed, a picture is missing, or a pair has no caption; names row,
@@ -114,9 +150,10 @@ class Pairs:
         buckets: Sequence[Size] | None = None,
         views: Views | None = None,
         contents: Contents | None = None,
+        vae_scale_factor: int = 8,
     ) -> None:
         self.folder = folder if isinstance(folder, Path) else None
-        self.transform = Transform(conditioning_channels, kind)
+        self.transform = Transform(conditioning_channels, kind, vae_scale_factor)
         self.views = views or Views()
         rows = read_rows(folder, columns) if isinstance(folder, Path) else list(folder)
         if limit is not None:
@@ -205,7 +242,7 @@ def _cut(
     zoom = share * min(picture.width / width, picture.height / height)
     box_width, box_height = width * zoom, height * zoom
     x, y = left * (picture.width - box_width), top * (picture.height - box_height)
-    pixels = np.array(picture.resize((width, height), resampling, box=(x, y, x + box_width, y + box_height)))
+    pixels = np.array(resized(picture, (width, height), resampling, (x, y, x + box_width, y + box_height)))
     if mirrored:
         pixels = pixels[:, ::-1]
     return torch.from_numpy(np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)))

@@ -64,8 +64,11 @@ class TrainConfig(StrictConfig):
     """Shape of the steering network: the paper's, or ``lite`` with a thirteenth of its parameters."""
     weights: Literal["head-heavy", "uniform"] | tuple[float, ...] = "head-heavy"
     """Integration weights of the steering; or one number for each level of CP, then TP's, then EP's."""
-    conditioning_channels: Literal[1, 3] = 1
-    conditioning_kind: str = "sketch"
+    conditioning_channels: int | None = Field(default=None, gt=0)
+    """1 (grey), 3 (RGB), 4 (RGBA: colour and structure), or a feature map's; by default what the data's
+    ``dataset.json`` says, else 1."""
+    conditioning_kind: str | None = None
+    """By default what ``dataset.json`` says, else ``sketch``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
     train_data_dir: str | None = None

@@ -71,7 +71,7 @@ def dry_run(config: TrainConfig, processes: int = 1) -> DryRun:
     pairs: int | None = None
     if config.max_train_steps is None:
         folder = None if config.train_data_dir is None else Path(config.train_data_dir)
-        pairs = len(read_pairs(config, folder, size, step, plain=False))
+        pairs = len(read_pairs(config, folder, size, step, factor, plain=False))
     updates = update_count(config, pairs or 0, processes)
     batch = config.train_batch_size * config.gradient_accumulation_steps * processes
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -79,7 +79,8 @@ def dry_run(config: TrainConfig, processes: int = 1) -> DryRun:
         "base": config.pretrained_model_name_or_path,
         "pictures": [3, *size],
         "latents": [unet["in_channels"], *latents],
-        "conditions": [config.conditioning_channels, *size],
+        "condition_kind": network["conditioning"]["kind"],
+        "conditions": [network["conditioning_channels"], *(side * network["pixel_unshuffle"] for side in latents)],
         "network": config.network,
         "residuals": len(model.down_outputs) + 1 + len(model.up_outputs),
         "trainable_parameters": trainable,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from powersteer.data.encode import EncodedPairs, conditions_of, unet_inputs
+from powersteer.data.encode import EncodedPairs, conditions_of, pixels_of, unet_inputs
 from powersteer.data.pairs import spread
 from powersteer.model import BPSModel
 from powersteer.steering import steer
@@ -137,8 +137,8 @@ class HeldOut:
                 samples = [self.pairs[self.rows[self._partner[place]], 0] for place in places]
             condition = conditions_of(samples)
             to = {"device": unet.device, "dtype": unet.dtype}
-            size = (condition.shape[-2], condition.shape[-1])
-            inputs = unet_inputs({name: tensor.to(**to) for name, tensor in states.items()}, size)
+            moved = {name: tensor.to(**to) for name, tensor in states.items()}
+            inputs = unet_inputs(moved, pixels_of(self.pipe, latents))
             steering = nullcontext() if model is None else steer(unet, model, condition, plan=None)
             with autocast(), steering:
                 guess: Any = unet(noisy.to(**to), timesteps.to(unet.device), **inputs).sample

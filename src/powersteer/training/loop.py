@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from powersteer.data.encode import EncodedPairs, Sample, TextStates, conditions_of, unet_inputs
+from powersteer.data.encode import EncodedPairs, Sample, TextStates, conditions_of, pixels_of, unet_inputs
 from powersteer.data.order import Share
 from powersteer.errors import PowersteerError
 from powersteer.hardware import fast_attention
@@ -230,7 +230,7 @@ def fit(
                 condition = conditions_of(samples)  # (B, C, H, W)
                 condition[draws.blank[places.start : places.stop]] = 0
                 prompts = [prompt_of(s, draws.prompt[place], config) for s, place in zip(samples, places, strict=True)]
-                inputs = unet_inputs(pairs.texts(prompts), (condition.shape[-2], condition.shape[-1]))
+                inputs = unet_inputs(pairs.texts(prompts), pixels_of(pipe, latents))
 
                 # 2. The loss ‖ε − ε̄(z_t, t, text, c)‖², or its like for a base that predicts v; the base's hooks stay
                 # until the gradient is there, since gradient checkpointing runs it again.

@@ -21,7 +21,7 @@ from powersteer.data.pairs import spread
 from powersteer.errors import PowersteerError
 from powersteer.generate import steered_pictures
 from powersteer.model import BPSModel
-from powersteer.pictures import save_grid, to_pil
+from powersteer.pictures import condition_picture, save_grid, to_pil
 from powersteer.steering import steer
 from powersteer.training.heldout import Gap, HeldOut
 
@@ -189,7 +189,7 @@ class Monitor:
         sheet = [
             picture
             for condition, image, target in zip(conditions, made, targets, strict=True)
-            for picture in (condition.expand(3, -1, -1) * 2 - 1, image, target)
+            for picture in (condition_picture(condition, size), image, target)
         ]
         file = self.output_dir / "validation" / f"step-{step:06d}.png"
         scale = max(1, 128 // size[1])

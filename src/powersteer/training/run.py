@@ -27,6 +27,7 @@ from powersteer.training.loop import PROBE, Source, TrainState, fit
 from powersteer.training.setup import (
     base_dtype,
     columns_of,
+    conditioning,
     make_accelerator,
     new_network,
     picture_size,
@@ -108,7 +109,8 @@ def train(config: TrainConfig) -> TrainResult:
 
 def _data(config: TrainConfig, pipe: Any, accelerator: Accelerator) -> tuple[Source, EncodedPairs | None, Source, int]:
     """What to train on, what to hold out, both together; and the number of pairs (0: not known)."""
-    size, step = picture_size(config, pipe.unet.config, pipe.vae_scale_factor)
+    factor = pipe.vae_scale_factor
+    size, step = picture_size(config, pipe.unet.config, factor)
     console = Console(stderr=True, quiet=not accelerator.is_main_process)
     cache_dir = (config.cache_dir or config.output_dir / "cache") if config.cache_latents else None
     dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.float16
@@ -119,12 +121,12 @@ def _data(config: TrainConfig, pipe: Any, accelerator: Accelerator) -> tuple[Sou
 
     validation = None
     if config.validation_data_dir is not None:
-        validation = encoded(read_pairs(config, config.validation_data_dir, size, step, plain=True))
+        validation = encoded(read_pairs(config, config.validation_data_dir, size, step, factor, plain=True))
     if config.streaming:
         stream = _stream(config, pipe, size, encoded)
         return stream, validation, stream, 0
     folder = None if config.train_data_dir is None else Path(config.train_data_dir)
-    pairs = read_pairs(config, folder, size, step, plain=False)
+    pairs = read_pairs(config, folder, size, step, factor, plain=False)
     if not config.validation_split:
         everything = encoded(pairs)
         return everything, validation, everything, len(pairs)
@@ -141,14 +143,16 @@ def _data(config: TrainConfig, pipe: Any, accelerator: Accelerator) -> tuple[Sou
 
 def _stream(config: TrainConfig, pipe: Any, size: Size, encoded: Callable[[Pairs], EncodedPairs]) -> StreamedPairs:
     shards, columns = list_shards(str(config.train_data_dir)), columns_of(config)
-    transform = Transform(config.conditioning_channels, config.conditioning_kind)
+    conditions = conditioning(config)
+    transform = Transform(conditions.channels, conditions.kind, pipe.vae_scale_factor)
     first = islice(read_shard(shards[0], columns), PROBE)
     probe = Pairs(
         list(first),
         size,
-        config.conditioning_channels,
-        kind=config.conditioning_kind,
+        conditions.channels,
+        kind=conditions.kind,
         default_prompt=config.default_prompt,
+        vae_scale_factor=pipe.vae_scale_factor,
     )
     return StreamedPairs(
         shards,

@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
 from powersteer.base import load_adapter
-from powersteer.conditions.kinds import conditioning_record
+from powersteer.conditions.kinds import FEATURE
+from powersteer.data.conditioning import Conditioning, conditioning_of
 from powersteer.data.layouts import Columns, hub_rows
 from powersteer.data.pairs import Pairs, Size, Views, bucket_sizes
 from powersteer.errors import PowersteerError
@@ -69,8 +70,15 @@ def new_network(config: TrainConfig, pipe: Any) -> BPSModel:
         PowersteerError: ``init_from`` is no adapter for the base, or ``weights`` do not fit it.
     """
     if config.init_from is not None:
-        network = load_adapter(config.init_from)
+        network, wanted = load_adapter(config.init_from), conditioning(config)
         check_fits(network, pipe)
+        if network.config["conditioning_channels"] != wanted.channels:
+            raise PowersteerError(
+                f"init_from={config.init_from} reads {network.config['conditioning_channels']} channels, the "
+                f"conditions have {wanted.channels}: start from another adapter, or from none"
+            )
+        if wanted.stated:
+            network.register_to_config(conditioning=wanted.record)
     else:
         torch.manual_seed(config.seed)
         arguments = network_arguments(config, pipe.scheduler.config.prediction_type, pipe.vae_scale_factor)
@@ -85,13 +93,14 @@ def new_network(config: TrainConfig, pipe: Any) -> BPSModel:
 
 def network_arguments(config: TrainConfig, prediction_type: str, vae_scale_factor: int) -> dict[str, Any]:
     """Of `BPSModel.from_unet`."""
+    given = conditioning(config)
     return {
-        "conditioning_channels": config.conditioning_channels,
-        "pixel_unshuffle": vae_scale_factor,
+        "conditioning_channels": given.channels,
+        "pixel_unshuffle": 1 if given.kind == FEATURE else vae_scale_factor,
         "preset": config.network,
         "weights": config.weights,
         "prediction_type": prediction_type,
-        "conditioning": conditioning_record(config.conditioning_kind),
+        "conditioning": given.record,
         "dropout": config.dropout,
     }
 
@@ -120,6 +129,21 @@ def update_count(config: TrainConfig, pairs: int, processes: int) -> int:
     return -(-pairs // batch) * (config.num_train_epochs or 1)
 
 
+def conditioning(config: TrainConfig) -> Conditioning:
+    """Of the training pairs; see `conditioning_of`.
+
+    Raises:
+        PowersteerError: Data and configuration, or training and held-out pairs, contradict each other, or feature maps
+            would be cropped.
+    """
+    found = conditioning_of(config.train_data_dir, config.conditioning_channels, config.conditioning_kind)
+    if config.validation_data_dir is not None:
+        conditioning_of(str(config.validation_data_dir), found.channels, found.kind)
+    if found.kind == FEATURE and config.random_crops:
+        raise PowersteerError("random_crops cannot cut feature maps out of their pictures: give random_crops=0")
+    return found
+
+
 def columns_of(config: TrainConfig) -> Columns:
     """What the data calls its columns."""
     return Columns(
@@ -127,19 +151,22 @@ def columns_of(config: TrainConfig) -> Columns:
     )
 
 
-def read_pairs(config: TrainConfig, folder: Path | None, size: Size, step: int, *, plain: bool) -> Pairs:
+def read_pairs(
+    config: TrainConfig, folder: Path | None, size: Size, step: int, vae_scale_factor: int, *, plain: bool
+) -> Pairs:
     """The pairs of a folder, or of the Hub; (``plain``) without their mirrored and cut-out views."""
-    columns, source = columns_of(config), folder
+    columns, source, conditions = columns_of(config), folder, conditioning(config)
     if source is None:
         source = hub_rows(str(config.dataset_name), config.dataset_config_name, config.dataset_split, columns)
     return Pairs(
         source,
         size,
-        config.conditioning_channels,
+        conditions.channels,
         None if plain else config.max_train_samples,
-        kind=config.conditioning_kind,
+        kind=conditions.kind,
         columns=columns,
         default_prompt=config.default_prompt,
         buckets=bucket_sizes(size, step) if config.aspect_ratio_buckets else None,
         views=Views() if plain else Views(config.random_flip, config.random_crops),
+        vae_scale_factor=vae_scale_factor,
     )

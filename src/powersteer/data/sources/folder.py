@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powersteer.conditions.extractor import Box, Subject, Task
+from powersteer.conditions.tensors import read_features
 from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, pictures_in, read_bytes, read_text
 from powersteer.data.sources.frame import open_drawing, open_frame, open_index
 from powersteer.errors import PowersteerError
@@ -91,7 +91,7 @@ def _load(path: Path, folder: Path, row: Mapping[str, Any], background: str) -> 
         drawing=_drawing(drawing, frame.picture.size) if drawing else None,
         labels=frame.labels(_classes(open_index(labels))) if labels else None,
         boxes=_boxes(row["boxes"]) if row.get("boxes") is not None else None,
-        features=_features(features) if features else None,
+        features=read_features(read_bytes(features), str(features)).astype(np.float32) if features else None,
     )
     return Loaded(subject, frame.content, frame.suffix)
 
@@ -156,13 +156,3 @@ def _drawing(path: Path, size: tuple[int, int]) -> Any:
             f"{path} has {drawing.width}×{drawing.height} pixels, its picture {size[0]}×{size[1]}: they must be equal"
         )
     return drawing
-
-
-def _features(path: Path) -> npt.NDArray[np.float32]:
-    try:
-        array: Any = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise PowersteerError(f"{path} is no .npy array ({error})") from None
-    if not isinstance(array, np.ndarray) or array.ndim != 3 or array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise PowersteerError(f"{path} must hold finite floats of shape (channels, height, width)")
-    return array.astype(np.float32)
