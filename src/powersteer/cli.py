@@ -241,6 +241,79 @@ def evaluate(
 
 
 @app.command()
+def prepare(
+    task: Annotated[
+        str | None, typer.Argument(help="sketch, segmentation, layout, style, feature, depth, normal or pose.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Argument(help="A folder of pictures, a COCO 2017 or ADE20K root, or openmoji.")
+    ] = None,
+    out_dir: Annotated[Path | None, typer.Argument(help="A new folder for the pairs.")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value, of the extractor.")] = None,
+    extractor: Annotated[str | None, typer.Option(help="What makes the conditions; --list has all.")] = None,
+    captions: Annotated[str, typer.Option(help="Of several: all, first or random.")] = "all",
+    resolution: Annotated[int | None, typer.Option(help="Pixels of the shorter side; else as they are.")] = None,
+    background: Annotated[str, typer.Option(help="A colour, behind what is transparent.")] = "white",
+    shards: Annotated[bool, typer.Option("--shards", help="Write WebDataset shards.")] = False,
+    num_shards: Annotated[int, typer.Option(help="Parts of the work, one a machine.")] = 1,
+    shard_index: Annotated[int, typer.Option(help="The part to do here, from 0.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Print all extractors, and what each needs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Make pairs to train on of pictures; the same command goes on with a run that was interrupted."""
+    if show_list:
+        _list_extractors()
+        return
+    if task is None or source is None or out_dir is None:
+        raise PowersteerError("give TASK, SOURCE and OUT_DIR: such as prepare sketch my/pictures my/pairs")
+    from powersteer.config import build_config
+    from powersteer.data.prepare import PrepareConfig
+    from powersteer.data.prepare import prepare as run
+
+    config = build_config(
+        {
+            "task": task,
+            "source": source,
+            "out_dir": out_dir,
+            "extractor": extractor,
+            "captions": captions,
+            "resolution": resolution,
+            "background": background,
+            "shards": shards,
+            "num_shards": num_shards,
+            "shard_index": shard_index,
+            "workers": workers,
+        },
+        PrepareConfig,
+        [f"settings.{setting}" for setting in settings or []],
+        where="prepare",
+    )
+    result = run(config)
+    if as_json:
+        out.print_json(json.dumps(result.as_json()))
+        return
+    for split, count in result.pairs.items():
+        out.print(f"{config.out_dir / split}: {count} pairs", soft_wrap=True, highlight=False)
+    if result.rejected:
+        out.print(f"{result.rejected} refused: see rejected.csv", soft_wrap=True, highlight=False)
+    if not result.complete:
+        out.print("other parts are not done yet: the last to be done completes the data set")
+
+
+def _list_extractors() -> None:
+    from importlib import import_module
+
+    from powersteer.conditions.extractor import EXTRACTORS
+
+    import_module("powersteer.conditions.catalogue")  # registers them
+    table = Table("task", "extractor", "needs")
+    for one in EXTRACTORS.known.values():
+        table.add_row(one.task, one.name, one.needs)
+    out.print(table)
+
+
+@app.command()
 def pretrain(
     config: Annotated[Path, typer.Argument(help="See configs/powersteer-tiny.yaml.", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value; a dot reaches into sections.")] = None,
@@ -433,6 +506,26 @@ def bench_train(
             f"an epoch of {epochs.pairs} pairs, files of {epochs.stored} px: {epochs.cached:.2f} s cached, "
             f"{epochs.uncached:.2f} s not, {epochs.ratio:.2f} times as long"
         )
+    _write_json(json_file, result.as_json())
+
+
+@measure.command("prepare")
+def bench_prepare(
+    task: Annotated[str | None, typer.Option(help="Of this task only.")] = None,
+    pictures: Annotated[int, typer.Option(min=8, help="So many for each extractor.")] = 64,
+    side: Annotated[int, typer.Option(min=16, help="Of each picture, pixels.")] = 512,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """How many pictures a second each extractor makes pairs of, with one process and with two."""
+    from powersteer.bench.prepare import bench_prepare as run
+
+    result = run(task, pictures=pictures, side=side)
+    table = Table(f"{side} px", "", "pictures/s, one process", "two", "scaling")
+    for row in result.rows:
+        figures = [f"{row.one:.1f}", f"{row.two:.1f}", f"{row.scaling:.2f}"] if row.reason is None else [row.reason]
+        table.add_row(row.task, row.extractor, *figures)
+    out.print(table)
+    out.print(result.machine)
     _write_json(json_file, result.as_json())
 
 

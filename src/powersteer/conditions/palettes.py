@@ -17,10 +17,10 @@ from PIL import Image
 
 from powersteer.errors import PowersteerError
 
-BUILT_IN = ("ade20k", "coco-stuff")
+BUILT_IN = ("ade20k", "coco-stuff", "openmoji")
 """``ade20k``: the 150 classes of scene parsing, in the colours in wide use; road and skyscraper share one.
 ``coco-stuff``: the 182 categories, things and stuff, in the order of their ids; no colours are canonical, so that of id
-n is colour n of the PASCAL VOC map (`voc_colours`)."""
+n is colour n of the PASCAL VOC map (`voc_colours`). ``openmoji``: the colours that its artists paint with."""
 NO_LABEL = -1
 """Drawn black."""
 

@@ -11,8 +11,8 @@ from PIL import Image
 from powersteer.errors import PowersteerError
 
 
-def rasterise(svg: str, size: int, background: str = "#ffffff") -> np.ndarray[Any, Any]:
-    """Draw a square SVG as (3, size, size) uint8 on ``background``.
+def rasterise(svg: str, size: int, background: str = "#ffffff", *, crisp: bool = False) -> np.ndarray[Any, Any]:
+    """Draw a square SVG as (3, size, size) uint8 on ``background``; ``crisp`` edges mix no colours.
 
     Raises:
         PowersteerError: The rasteriser is not installed.
@@ -22,6 +22,13 @@ def rasterise(svg: str, size: int, background: str = "#ffffff") -> np.ndarray[An
         import resvg_py
     except ImportError:
         raise PowersteerError("drawing SVGs needs resvg-py: pip install 'powersteer[demo]'") from None
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background=background, skip_system_fonts=True)
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg,
+        width=size,
+        height=size,
+        background=background,
+        skip_system_fonts=True,
+        shape_rendering="crisp_edges" if crisp else "geometric_precision",
+    )
     with Image.open(io.BytesIO(bytes(png))) as image:
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy()

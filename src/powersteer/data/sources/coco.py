@@ -1,0 +1,182 @@
+"""COCO 2017, as it is unpacked: ``train2017/``, ``val2017/`` and ``annotations/*.json``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from powersteer.conditions.extractor import Box, Subject, Task
+from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, pictures_in
+from powersteer.data.sources.frame import Frame, open_frame, open_index
+from powersteer.data.sources.json_scan import Span, read_spans, scan
+from powersteer.data.sources.masks import to_mask
+from powersteer.errors import PowersteerError
+
+SPLITS = {"train": "train2017", "validation": "val2017"}
+CATEGORIES = 182
+"""Ids of things (1 to 90) and stuff (92 to 182); class number = id − 1."""
+PIXELMAPS = ("stuffthingmaps", "stuffthingmaps_trainval2017")
+"""Folders where people unpack COCO-Stuff's label maps: class numbers, 255 for none."""
+
+
+class Coco:
+    """COCO 2017.
+
+    Args:
+        root: With the pictures' folders and ``annotations``: ``captions_….json``, and for segmentation COCO-Stuff's
+            label maps or ``instances_….json`` and ``stuff_….json``, for layout ``instances_….json``.
+    """
+
+    name = "COCO 2017"
+    licence = "annotations CC BY 4.0; each picture has a licence of its own on Flickr, see COCO's terms of use"
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @staticmethod
+    def fits(root: Path) -> bool:
+        """Whether a folder looks like it."""
+        return any((root / folder).is_dir() for folder in SPLITS.values())
+
+    def choice(self, task: Task) -> Choice:
+        """COCO-Stuff's classes."""
+        return Choice(settings={"palette": "coco-stuff"}) if task in ("segmentation", "layout") else Choice()
+
+    def items(self, wanted: Wanted) -> Sequence[Item]:
+        """By split and file name: what the annotations list, and whatever else is there."""
+        splits = {split: folder for split, folder in SPLITS.items() if (self.root / folder).is_dir()}
+        items = [item for split, folder in splits.items() for item in self._split(split, folder, wanted)]
+        if not items:
+            raise PowersteerError(f"{self.root} holds no pictures in {' or '.join(SPLITS.values())}")
+        return items
+
+    def _split(self, split: str, folder: str, wanted: Wanted) -> list[Item]:
+        known = self._known(folder, wanted.task)
+        present = {path.name for path in pictures_in(self.root / folder)}
+        items: list[Item] = []
+        for name in sorted(present | set(known)):
+            about = known.get(name, _About())
+            maps = self._maps(folder) if wanted.task == "segmentation" else None
+            index = (maps / name).with_suffix(".png") if maps else None
+            load = partial(_load, self.root / folder / name, wanted, index, about)
+            # A picture of COCO has one number, whichever year's folder it lies in.
+            concept = Path(name).stem.rpartition("_")[2]
+            items.append(Item(Path(name).stem, split, load, about.captions, concept))
+        return items
+
+    def _maps(self, folder: str) -> Path | None:
+        return next((self.root / name / folder for name in PIXELMAPS if (self.root / name / folder).is_dir()), None)
+
+    def _known(self, folder: str, task: Task) -> dict[str, _About]:
+        """What the annotations of a split say of its pictures, by file name."""
+        annotations = self.root / "annotations"
+        wanted: list[Path] = []
+        if task == "layout" or (task == "segmentation" and self._maps(folder) is None):
+            wanted.append(annotations / f"instances_{folder}.json")
+            if not wanted[0].exists():
+                raise PowersteerError(f"{task} needs {wanted[0]}: unpack COCO's annotations there")
+        stuff = annotations / f"stuff_{folder}.json"
+        if task == "segmentation" and wanted and stuff.exists():
+            wanted.insert(0, stuff)  # things lie on top
+        pictures: dict[str, _About] = {}
+        captions = annotations / f"captions_{folder}.json"
+        if captions.exists():
+            images, texts, _ = _read(captions, keep_text=True)
+            pictures = {name: _About(size, tuple(texts.get(id_, ()))) for id_, (name, size) in images.items()}
+        for path in wanted:
+            images, spans, names = _read(path, keep_text=False)
+            for id_, (name, size) in images.items():
+                about = pictures.get(name, _About())
+                marks = (*about.marks, _Marks(path, tuple(spans.get(id_, ())), names))
+                pictures[name] = _About(size, about.captions, marks)
+        return pictures
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """Where the annotations of one picture lie in one file."""
+
+    path: Path
+    spans: tuple[Span, ...]
+    names: Mapping[int, str]
+    """Of the categories."""
+
+
+@dataclass(frozen=True)
+class _About:
+    size: tuple[int, int] | None = None
+    captions: tuple[str, ...] = ()
+    marks: tuple[_Marks, ...] = field(default=())
+
+
+def _read(path: Path, *, keep_text: bool) -> tuple[dict[int, tuple[str, tuple[int, int]]], Any, dict[int, str]]:
+    """(name and size of the images, captions or places of the annotations, names of the categories), all by id."""
+    images: dict[int, tuple[str, tuple[int, int]]] = {}
+    found: defaultdict[int, list[Any]] = defaultdict(list)
+    names: dict[int, str] = {}
+    keys: set[str] = set()
+    for key, record, span in scan(path):
+        keys.add(key)
+        try:
+            if key == "images":
+                images[record["id"]] = record["file_name"], (record["width"], record["height"])
+            elif key == "annotations":
+                found[record["image_id"]].append((span, record["caption"]) if keep_text else span)
+            elif key == "categories":
+                names[record["id"]] = record["name"]
+        except KeyError as error:
+            raise PowersteerError(f"{path} is not COCO's JSON: a record of '{key}' has no {error}") from None
+    if "images" not in keys:
+        raise PowersteerError(f"{path} is not COCO's JSON: it has no 'images'")
+    if keep_text:
+        return images, {id_: [_caption(path, *one) for one in texts] for id_, texts in found.items()}, names
+    return images, found, names
+
+
+def _caption(path: Path, span: Span, latin: str) -> str:
+    """Captions of plain letters are right already; the few others are read again."""
+    return " ".join((latin if latin.isascii() else read_spans(path, (span,))[0]["caption"]).split())
+
+
+def _load(path: Path, wanted: Wanted, index: Path | None, about: _About) -> Loaded:
+    frame = open_frame(path, wanted.background)
+    labels = boxes = None
+    if index is not None:
+        stored = open_index(index)
+        labels = frame.labels(np.where(stored == 255, -1, stored))
+        if labels.max() >= CATEGORIES:
+            raise PowersteerError(f"{index}: class {labels.max()} is outside COCO-Stuff's palette of {CATEGORIES}")
+    elif about.marks and about.size is not None:
+        if wanted.task == "segmentation":
+            labels = frame.labels(_labels(about.marks, about.size))
+        else:
+            boxes = _boxes(frame, about.marks, about.size)
+    return Loaded(Subject(frame.picture, labels=labels, boxes=boxes), frame.content, frame.suffix)
+
+
+def _labels(marks: tuple[_Marks, ...], size: tuple[int, int]) -> npt.NDArray[np.int64]:
+    """Class numbers (H, W); within a file the larger first, so that what is small lies on top."""
+    labels = np.full((size[1], size[0]), -1, dtype=np.int64)
+    for mark in marks:
+        for record in sorted(read_spans(mark.path, mark.spans), key=lambda one: -float(one.get("area", 0))):
+            if record["category_id"] <= CATEGORIES:  # stuff's 183 stands for all things
+                labels[to_mask(record["segmentation"], size)] = record["category_id"] - 1
+    return labels
+
+
+def _boxes(frame: Frame, marks: tuple[_Marks, ...], size: tuple[int, int]) -> tuple[Box, ...]:
+    """Of single things; a crowd's box says nothing of where one of them is."""
+    boxes: list[Box] = []
+    for mark in marks:
+        for record in read_spans(mark.path, mark.spans):
+            if not record.get("iscrowd"):
+                x, y, width, height = record["bbox"]
+                boxes.append(Box(mark.names[record["category_id"]], x, y, x + width, y + height))
+    return frame.boxes(tuple(boxes), size)

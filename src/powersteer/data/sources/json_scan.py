@@ -1,0 +1,116 @@
+"""JSON files of half a gigabyte, one record at a time: where each lies is kept, not what it says."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from powersteer.errors import PowersteerError
+
+WINDOW = 1 << 20
+"""Bytes that are looked at at once; more where a record is longer."""
+
+Span = tuple[int, int]
+"""A record's first byte, and the one after it."""
+
+
+def scan(path: Path) -> Iterator[tuple[str, dict[str, Any], Span]]:
+    """The records of a JSON object of lists of objects: (the list's key, the record, where it lies).
+
+    What is not a list is passed over. Text of more than 7 bits is not decoded: read it with `read_spans`.
+
+    Raises:
+        PowersteerError: It cannot be read, or is not such a file.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield from _Scanner(data).records()
+    except OSError as error:
+        raise PowersteerError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        if isinstance(error, PowersteerError):
+            raise
+        raise PowersteerError(f"{path} is not COCO's JSON, an object of lists of records, or is cut short") from None
+
+
+def read_spans(path: Path, spans: tuple[Span, ...]) -> list[dict[str, Any]]:
+    """The records that `scan` found there.
+
+    Raises:
+        PowersteerError: The file cannot be read, or has changed since.
+    """
+    try:
+        with path.open("rb") as file:
+            return [json.loads(_slice(file, span)) for span in spans]
+    except OSError as error:
+        raise PowersteerError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise PowersteerError(f"{path} has changed: start again") from None
+
+
+def _slice(file: Any, span: Span) -> bytes:
+    file.seek(span[0])
+    return file.read(span[1] - span[0])
+
+
+class _Scanner:
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.window, self.start = "", 0
+        self.decode = json.JSONDecoder().raw_decode
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any], Span]]:
+        at = self._expect(0, "{")
+        while self._peek(at) != "}":
+            key, at = self._value(at)
+            if not isinstance(key, str):
+                raise ValueError
+            at = self._expect(at, ":")
+            if self._peek(at) != "[":
+                _, at = self._value(at)
+            else:
+                at = self._expect(at, "[")
+                while self._peek(at) != "]":
+                    record, end = self._value(at)
+                    if isinstance(record, dict):
+                        yield key, record, (at, end)
+                    at = self._comma(end, "]")
+                at = self._expect(at, "]")
+            at = self._comma(at, "}")
+
+    def _comma(self, at: int, end: str) -> int:
+        at = self._skip(at)
+        return at if self._peek(at) == end else self._expect(at, ",")
+
+    def _expect(self, at: int, character: str) -> int:
+        if self._peek(at) != character:
+            raise ValueError
+        return self._skip(self._skip(at) + 1)
+
+    def _peek(self, at: int) -> str:
+        return self.data[(at := self._skip(at)) : at + 1].decode("latin-1")
+
+    def _skip(self, at: int) -> int:
+        while self.data[at : at + 1].isspace():
+            at += 1
+        return at
+
+    def _value(self, at: int) -> tuple[Any, int]:
+        """The value that begins here, and where it ends."""
+        at, size = self._skip(at), WINDOW
+        while True:
+            try:
+                value, end = self.decode(self.window, at - self.start)
+            except (ValueError, IndexError):
+                end = len(self.window)
+            else:
+                if end < len(self.window):  # else it may go on beyond
+                    return value, self.start + end
+            if self.start == at and at + len(self.window) >= len(self.data):
+                raise ValueError
+            # One character is one byte in Latin-1, so places in the text are places in the file.
+            self.window, self.start = self.data[at : at + size].decode("latin-1"), at
+            size *= 2
