@@ -472,3 +472,12 @@ def test_bench_of_an_extractor(command, tmp_path, monkeypatch):
     assert code == 0 and "boxes" in out and row["one"] > 0 and row["scaling"] == pytest.approx(row["two"] / row["one"])
     with pytest.raises(PowersteerError, match="there is no task 'painting'"):
         bench.bench_prepare("painting")
+
+
+def test_a_fresh_process_knows_all_extractors(tmp_path):
+    source = pictures(tmp_path / "source", 1)
+    given = ["layout", str(source), str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "powersteer.cli", "prepare", *given], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "there are no boxes here" in done.stderr

@@ -271,30 +271,16 @@ def prepare(
     from powersteer.data.prepare import PrepareConfig
     from powersteer.data.prepare import prepare as run
 
-    config = build_config(
-        {
-            "task": task,
-            "source": source,
-            "out_dir": out_dir,
-            "extractor": extractor,
-            "captions": captions,
-            "resolution": resolution,
-            "background": background,
-            "shards": shards,
-            "num_shards": num_shards,
-            "shard_index": shard_index,
-            "workers": workers,
-        },
-        PrepareConfig,
-        [f"settings.{setting}" for setting in settings or []],
-        where="prepare",
-    )
-    result = run(config)
+    given: dict[str, Any] = {"task": task, "source": source, "out_dir": out_dir, "extractor": extractor}
+    given |= {"captions": captions, "resolution": resolution, "background": background, "shards": shards}
+    given |= {"num_shards": num_shards, "shard_index": shard_index, "workers": workers}
+    overrides = [f"settings.{setting}" for setting in settings or []]
+    result = run(build_config(given, PrepareConfig, overrides, where="prepare"))
     if as_json:
         out.print_json(json.dumps(result.as_json()))
         return
     for split, count in result.pairs.items():
-        out.print(f"{config.out_dir / split}: {count} pairs", soft_wrap=True, highlight=False)
+        out.print(f"{out_dir / split}: {count} pairs", soft_wrap=True, highlight=False)
     if result.rejected:
         out.print(f"{result.rejected} refused: see rejected.csv", soft_wrap=True, highlight=False)
     if not result.complete:

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -219,6 +220,7 @@ def keys_of(items: Sequence[Item]) -> Iterator[str]:
 
 def _extractor(config: PrepareConfig, source: Source) -> tuple[Registered, dict[str, Any]]:
     """The extractor that is asked for, or suits, and its settings."""
+    import_module("powersteer.conditions.catalogue")  # registers them
     choice = source.choice(config.task)
     suited = EXTRACTORS.find(config.task, choice.extractor)
     registered = EXTRACTORS.find(config.task, config.extractor) if config.extractor else suited
