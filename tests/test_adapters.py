@@ -137,7 +137,10 @@ def test_controlnet_xs_is_diffusers_fused_model(pipe, shape):
     fused = UNetControlNetXSModel.from_unet(unet, adapter).eval()
     for name, layer in fused.named_modules():
         if isinstance(layer, ResnetBlock2D) and ("base_" in name or "up_blocks" in name):
-            layer.norm1.eps = layer.norm2.eps = 1e-5  # the fused copy of the U-Net forgets its ε
+            layer.norm1.eps = layer.norm2.eps = 1e-5  # the fused copies forget the U-Net's ε, and the adapter's groups
+    for mine, theirs in zip(adapter.down_blocks, fused.down_blocks, strict=True):
+        theirs.ctrl_resnets = mine.resnets
+        theirs.ctrl_attentions = mine.attentions if mine.attentions is not None else theirs.ctrl_attentions
     (sample, timestep, text), condition = unet_inputs(), torch.rand(2, 3, 32, 32)
     wanted = fused(sample, timestep, text, controlnet_cond=condition).sample
     with attach(unet, adapter, condition):
