@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel, ControlNetXSAdapter, UNet2DConditionModel
 
+from powersteer.ablations import ABLATIONS, AddedOnce, last_layers
 from powersteer.base import load_adapter
 from powersteer.baselines import (
     Baseline,
@@ -38,10 +39,11 @@ Adapter = BPSModel | Baseline
 BASELINES = ("controlnet", "controlnet-xs", "t2i-adapter")
 """Names of the baselines; ``paper`` and ``lite`` are BPS."""
 
-_CLASSES: dict[str, type[Baseline]] = {
+_CLASSES: dict[str, type[Adapter]] = {
     "ControlNetModel": ControlNetModel,
     "ControlNetXSAdapter": ControlNetXSAdapter,
     "ZeroStartT2IAdapter": ZeroStartT2IAdapter,
+    **{kind.__name__: kind for kind in ABLATIONS.values()},
 }
 
 
@@ -51,6 +53,7 @@ def make_adapter(
     preset: str = "paper",
     conditioning_channels: int = 1,
     pixel_unshuffle: int = 8,
+    ablation: str | None = None,
     **bps: Any,
 ) -> Adapter:
     """An untrained network for ``unet``; within `attach` it is exactly the prior.
@@ -60,6 +63,7 @@ def make_adapter(
         preset: ``paper``, ``lite``, ``controlnet``, ``controlnet-xs`` or ``t2i-adapter``.
         conditioning_channels: Channels of the condition.
         pixel_unshuffle: The VAE's scale factor.
+        ablation: BPS without something; see `powersteer.ablations`.
         **bps: Further arguments of `BPSModel.from_unet`, which the baselines have no use for.
 
     Raises:
@@ -73,7 +77,8 @@ def make_adapter(
     if preset == "t2i-adapter":
         return make_t2i_adapter(unet, pixel_unshuffle, conditioning_channels)
     shape: Any = {"preset": preset, "pixel_unshuffle": pixel_unshuffle, **bps}
-    return BPSModel.from_unet(unet, conditioning_channels=conditioning_channels, **shape)
+    kind = BPSModel if ablation is None else ABLATIONS[ablation]
+    return kind.from_unet(unet, conditioning_channels=conditioning_channels, **shape)
 
 
 def load_network(name_or_path: str | Path) -> Adapter:
@@ -130,7 +135,8 @@ def attach(unet: UNet2DConditionModel, network: Adapter, condition: torch.Tensor
             number of conditions or their size does not fit the batch.
     """
     if isinstance(network, BPSModel):
-        with steer(unet, network, condition, plan=None):
+        layers = last_layers if isinstance(network, AddedOnce) else None
+        with steer(unet, network, condition, plan=None, layers=layers):
             yield
         return
     check_adapter(network, unet)

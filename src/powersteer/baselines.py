@@ -89,9 +89,22 @@ def make_controlnet_xs(unet: UNet2DConditionModel, factor: int) -> ControlNetXSA
         raise PowersteerError(
             f"ControlNet-XS takes U-Nets of 2 ResNets a level; this has {unet.config['layers_per_block']}"
         )
-    widths: Any = conditioning_widths(factor)
-    ratio = 0.1 if unet.config["block_out_channels"][0] >= 320 else 0.25
-    return ControlNetXSAdapter.from_unet(unet, size_ratio=ratio, conditioning_embedding_out_channels=widths)
+    config: Any = unet.config
+    ratio = 0.1 if config.block_out_channels[0] >= 320 else 0.25
+    # Diffusers' `from_unet` ends in a cast, which tensors without values (a dry run's) cannot do.
+    return ControlNetXSAdapter(
+        conditioning_embedding_out_channels=conditioning_widths(factor),  # pyright: ignore[reportArgumentType]
+        num_attention_heads=config.attention_head_dim,  # diffusers' misnomer: it is their number
+        block_out_channels=tuple(int(ratio * width) for width in config.block_out_channels),
+        base_block_out_channels=config.block_out_channels,
+        cross_attention_dim=config.cross_attention_dim,
+        down_block_types=config.down_block_types,
+        sample_size=config.sample_size,
+        transformer_layers_per_block=config.transformer_layers_per_block,
+        upcast_attention=config.upcast_attention,
+        max_norm_num_groups=config.norm_num_groups,
+        use_linear_projection=config.use_linear_projection,
+    )
 
 
 def make_t2i_adapter(unet: UNet2DConditionModel, factor: int, channels: int = 1) -> ZeroStartT2IAdapter:

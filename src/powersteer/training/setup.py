@@ -10,14 +10,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
-from powersteer.base import load_adapter
+from powersteer.adapters import Adapter, check_adapter, load_network, make_adapter
 from powersteer.conditions.kinds import conditioning_record
 from powersteer.data.layouts import Columns, hub_rows
 from powersteer.data.pairs import Pairs, Size, Views, bucket_sizes
 from powersteer.errors import PowersteerError
 from powersteer.hardware import native_precision
-from powersteer.model import BPSModel
-from powersteer.steering import check_fits
 from powersteer.training.config import TrainConfig
 from powersteer.training.monitor import check_trackers
 
@@ -62,29 +60,30 @@ def base_dtype(mixed_precision: str, device_type: str) -> torch.dtype:
     return torch.float32 if device_type == "cpu" else autocast_dtype(mixed_precision)
 
 
-def new_network(config: TrainConfig, pipe: Any) -> BPSModel:
+def new_network(config: TrainConfig, pipe: Any) -> Adapter:
     """The network to train: untrained, or with the weights of ``init_from``.
 
     Raises:
         PowersteerError: ``init_from`` is no adapter for the base, or ``weights`` do not fit it.
     """
     if config.init_from is not None:
-        network = load_adapter(config.init_from)
-        check_fits(network, pipe)
+        network = load_network(config.init_from)
+        check_adapter(network, pipe)
     else:
         torch.manual_seed(config.seed)
         arguments = network_arguments(config, pipe.scheduler.config.prediction_type, pipe.vae_scale_factor)
         try:
-            network = BPSModel.from_unet(pipe.unet, **arguments)
+            network = make_adapter(pipe.unet, **arguments)
         except ValueError as error:
             raise PowersteerError(f"'weights': {error}") from None
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and network._supports_gradient_checkpointing:
         network.enable_gradient_checkpointing()
     return network
 
 
 def network_arguments(config: TrainConfig, prediction_type: str, vae_scale_factor: int) -> dict[str, Any]:
-    """Of `BPSModel.from_unet`."""
+    """Of `powersteer.adapters.make_adapter`."""
+    own_widths = {"hidden_channels": config.hidden_channels, "up_channels": config.up_channels}
     return {
         "conditioning_channels": config.conditioning_channels,
         "pixel_unshuffle": vae_scale_factor,
@@ -93,6 +92,9 @@ def network_arguments(config: TrainConfig, prediction_type: str, vae_scale_facto
         "prediction_type": prediction_type,
         "conditioning": conditioning_record(config.conditioning_kind),
         "dropout": config.dropout,
+        "trainable_weights": config.trainable_weights,
+        "ablation": config.ablation,
+        **{name: widths for name, widths in own_widths.items() if widths is not None},
     }
 
 
