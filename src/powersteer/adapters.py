@@ -120,6 +120,12 @@ def check_adapter(network: Adapter, pipe: Any) -> None:
         )
 
 
+def save_activation_memory(network: Any) -> None:
+    """Gradient checkpointing, in the networks that know it."""
+    if network._supports_gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+
+
 @contextmanager
 def attach(unet: UNet2DConditionModel, network: Adapter, condition: torch.Tensor) -> Generator[None]:
     """Within the block, ``unet`` denoises under the condition; afterwards it is as it was.

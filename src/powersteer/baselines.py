@@ -90,12 +90,14 @@ def make_controlnet_xs(unet: UNet2DConditionModel, factor: int) -> ControlNetXSA
             f"ControlNet-XS takes U-Nets of 2 ResNets a level; this has {unet.config['layers_per_block']}"
         )
     config: Any = unet.config
+    widths: Any = conditioning_widths(factor)
     ratio = 0.1 if config.block_out_channels[0] >= 320 else 0.25
+    control_widths: Any = tuple(int(ratio * width) for width in config.block_out_channels)
     # Diffusers' `from_unet` ends in a cast, which tensors without values (a dry run's) cannot do.
     return ControlNetXSAdapter(
-        conditioning_embedding_out_channels=conditioning_widths(factor),  # pyright: ignore[reportArgumentType]
+        conditioning_embedding_out_channels=widths,
         num_attention_heads=config.attention_head_dim,  # diffusers' misnomer: it is their number
-        block_out_channels=tuple(int(ratio * width) for width in config.block_out_channels),
+        block_out_channels=control_widths,
         base_block_out_channels=config.block_out_channels,
         cross_attention_dim=config.cross_attention_dim,
         down_block_types=config.down_block_types,

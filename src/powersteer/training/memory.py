@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from powersteer.adapters import attach, make_adapter
+from powersteer.adapters import attach, make_adapter, save_activation_memory
 from powersteer.hardware import fast_attention
 from powersteer.memory import TensorBytes
 
@@ -81,8 +81,7 @@ def estimate_memory(
             _make_state(optimizer, trained)
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-            if model._supports_gradient_checkpointing:
-                model.enable_gradient_checkpointing()
+            save_activation_memory(model)
         if device_type != "cpu" and precision != torch.float32:
             _norms_in_float32(unet)
             _norms_in_float32(model)

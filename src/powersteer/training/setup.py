@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
-from powersteer.adapters import Adapter, check_adapter, load_network, make_adapter
+from powersteer.adapters import Adapter, check_adapter, load_network, make_adapter, save_activation_memory
 from powersteer.conditions.kinds import conditioning_record
 from powersteer.data.layouts import Columns, hub_rows
 from powersteer.data.pairs import Pairs, Size, Views, bucket_sizes
@@ -76,8 +76,8 @@ def new_network(config: TrainConfig, pipe: Any) -> Adapter:
             network = make_adapter(pipe.unet, **arguments)
         except ValueError as error:
             raise PowersteerError(f"'weights': {error}") from None
-    if config.gradient_checkpointing and network._supports_gradient_checkpointing:
-        network.enable_gradient_checkpointing()
+    if config.gradient_checkpointing:
+        save_activation_memory(network)
     return network
 
 
