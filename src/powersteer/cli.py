@@ -372,6 +372,29 @@ def demo(
         out.print(str(out_dir / name), highlight=False)
 
 
+@app.command()
+def compare(
+    experiment: Annotated[Path, typer.Argument(help="See configs/experiments/.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value; a dot reaches into sections.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Only write tables and plots of what is done.")] = False,
+    out_file: Annotated[Path, typer.Option("--out", help="The report; plots go beside it.")] = Path("docs/results.md"),
+) -> None:
+    """Train methods × numbers of pairs × seeds and measure them alike; the same command goes on where it stopped."""
+    from powersteer.compare import ExperimentConfig
+    from powersteer.compare import compare as run
+    from powersteer.compare_report import write_report
+    from powersteer.config import load_config
+
+    settings = load_config(experiment, ExperimentConfig, overrides or [])
+    if not report and run(settings):
+        out.print("stopped; the same command goes on from there")
+        raise typer.Exit(130)
+    if report:
+        out.print(str(write_report(settings, out_file)), highlight=False, soft_wrap=True)
+    else:
+        out.print(f"{settings.results_dir}: done; --report writes tables and plots", highlight=False, soft_wrap=True)
+
+
 @data.command("check")
 def data_check(
     folder: Annotated[Path, typer.Argument(help="The pairs, in any layout that `train` reads.", show_default=False)],

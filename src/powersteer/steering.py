@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +28,7 @@ torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 Condition = torch.Tensor | Image.Image | Sequence[Image.Image]
 Plan = SteeringPlan | Literal["auto"] | None
+Layers = Callable[[Any], Iterable[tuple[int, nn.Module]]]
 
 
 @contextmanager
@@ -43,6 +44,7 @@ def steer(
     steering_guidance_scale: float | None = None,
     plan: Plan = "auto",
     strict_base: bool = True,
+    layers: Layers | None = None,
 ) -> Generator[None]:
     """Within the block, ``pipe`` denoises with the posterior p(image | text, condition).
 
@@ -70,6 +72,7 @@ def steer(
         plan: Where residuals are kept for the next prompt or seed: ``auto`` (the network's own plan), a
             `SteeringPlan`, or None.
         strict_base: Refuse a network that was trained on another base.
+        layers: Which layers of the U-Net get which residual; `steered_layers` by default.
 
     Raises:
         PowersteerError: The network does not fit the U-Net, a condition is malformed, the lists differ in length, or
@@ -96,7 +99,7 @@ def steer(
         hooks.enter_context(unet.register_forward_pre_hook(bridge.before_unet, with_kwargs=True))
         evaluate = torch.compiler.disable(bridge.after_time_embedding)
         hooks.enter_context(unet.time_embedding.register_forward_hook(evaluate))
-        for position, layer in steered_layers(unet):
+        for position, layer in (layers or steered_layers)(unet):
             hooks.enter_context(layer.register_forward_hook(bridge.adder(position)))
         if steering_guidance_scale is not None:
             hooks.enter_context(unet.register_forward_hook(bridge.after_unet, with_kwargs=True))

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from powersteer.bench.shapes import machine
 from powersteer.conditions.extractor import EXTRACTORS, Box, Registered, Subject
 from powersteer.data.make import HeldOut, Job, Outcome, Recipe
 from powersteer.data.sources.base import Item, Loaded
 from powersteer.data.workers import in_processes
 from powersteer.errors import PowersteerError
+from powersteer.hardware import machine
 
 LATENT = 8
 """Pixels a side of a latent, for feature maps."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
+from diffusers import T2IAdapter, UNet2DConditionModel
 
 from powersteer.base import load_base
 
@@ -35,17 +35,6 @@ def make_unet(shape: Shape) -> tuple[UNet2DConditionModel, int]:
     # Without the text in its time embedding, which ControlNet-XS knows for SDXL only.
     config: dict[str, Any] = {**pipe.unet.config, "addition_embed_type": None}
     return UNet2DConditionModel(**{k: v for k, v in config.items() if not k.startswith("_")}), pipe.vae_scale_factor
-
-
-def conditioning_widths(factor: int) -> tuple[int, ...]:
-    """Of a ControlNet's condition embedding, for the VAE's scale factor."""
-    return (16, 32, 96, 256) if factor == 8 else (16, 32, 96)
-
-
-def make_controlnet(unet: UNet2DConditionModel, factor: int) -> ControlNetModel:
-    """Diffusers' ControlNet for a U-Net."""
-    widths: Any = conditioning_widths(factor)
-    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
 
 
 def make_t2i_adapter(unet: UNet2DConditionModel, factor: int, shape: Shape) -> T2IAdapter:

@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 from diffusers import (
-    ControlNetXSAdapter,
     UNet2DConditionModel,
     UNetControlNetXSModel,
 )
 from torch import nn
 
+from powersteer.baselines import make_controlnet, make_controlnet_xs
 from powersteer.bench.shapes import (
     Shape,
-    conditioning_widths,
-    make_controlnet,
     make_t2i_adapter,
     make_unet,
     wait,
@@ -169,10 +167,7 @@ def _ways(
 
     yield _Way("ControlNet", with_controlnet, **count(controlnet))
 
-    conditioning: Any = conditioning_widths(factor)
-    adapter = ControlNetXSAdapter.from_unet(
-        unet, size_ratio=0.1 if shape != "tiny" else 0.25, conditioning_embedding_out_channels=conditioning
-    )
+    adapter = make_controlnet_xs(unet, factor)
     fused = ready(UNetControlNetXSModel.from_unet(unet, adapter))
     counted: dict[str, Any] = {**count(adapter), "modules": (fused,)}
     yield _Way("ControlNet-XS", lambda: fused(sample, TIMESTEP, controlnet_cond=picture, **inputs), **counted)

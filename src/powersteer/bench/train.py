@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from powersteer.base import load_base
-from powersteer.bench.shapes import Shape, make_controlnet, make_t2i_adapter, make_unet, wait
+from powersteer.baselines import make_controlnet
+from powersteer.bench.shapes import Shape, make_t2i_adapter, make_unet, wait
 from powersteer.data.encode import EncodedPairs, conditions_of, encode_pairs, unet_inputs
 from powersteer.data.pairs import Pairs
 from powersteer.data.rows import Picture, Row

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from powersteer.adapters import Adapter, load_network
 from powersteer.errors import PowersteerError
-from powersteer.model import BPSModel
 
 _DIGESTS = "digests.json"
 
 
 def save_checkpoint(
-    output_dir: Path, network: BPSModel, tensors: dict[str, Any], state: dict[str, Any], keep: int
+    output_dir: Path, network: Adapter, tensors: dict[str, Any], state: dict[str, Any], keep: int
 ) -> None:
     """Write ``checkpoint-<step>`` and remove all but the newest ``keep``.
 
@@ -54,7 +54,7 @@ def save_checkpoint(
         _discard(old)
 
 
-def load_checkpoint(folder: Path, network: BPSModel) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_checkpoint(folder: Path, network: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
     """Put a checkpoint's weights in place; returns its tensors and its state.
 
     Raises:
@@ -65,7 +65,7 @@ def load_checkpoint(folder: Path, network: BPSModel) -> tuple[dict[str, Any], di
         others = [other.name for other in list_checkpoints(folder.parent) if other != folder and damage(other) is None]
         hint = f"; resume_from_checkpoint={others[-1]} goes on from the one before" if others else ""
         raise PowersteerError(f"{folder} is damaged ({fault}){hint}")
-    saved = BPSModel.from_pretrained(folder)
+    saved = load_network(folder)
     try:
         network.load_state_dict(saved.state_dict())
     except RuntimeError:
@@ -134,7 +134,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def save_adapter(output_dir: Path, network: BPSModel) -> None:
+def save_adapter(output_dir: Path, network: Adapter) -> None:
     """Put the network's weights into the run's folder, in place of those before; never seen half-written.
 
     Raises:

@@ -50,6 +50,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What each preset sets; a key that is given all the same wins."""
 
 
+_BPS_KEYS = (
+    "weights",
+    "trainable_weights",
+    "port_learning_rates",
+    "hidden_channels",
+    "up_channels",
+    "ablation",
+    "dropout",
+)
+
+
 class TrainConfig(StrictConfig):
     """One training run."""
 
@@ -60,10 +71,22 @@ class TrainConfig(StrictConfig):
     """The frozen base: ``powersteer-tiny``, a folder in diffusers' layout, or a model of the Hub."""
     init_from: str | None = None
     """Start from this adapter's weights: ``sketch``, a folder, or a model of the Hub."""
-    network: Literal["paper", "lite"] = "paper"
-    """Shape of the steering network: the paper's, or ``lite`` with a thirteenth of its parameters."""
+    network: Literal["paper", "lite", "controlnet", "controlnet-xs", "t2i-adapter"] = "paper"
+    """Shape of the steering network: the paper's, or ``lite`` with a thirteenth of its parameters; or another control
+    network to compare with."""
     weights: Literal["head-heavy", "uniform"] | tuple[float, ...] = "head-heavy"
     """Integration weights of the steering; or one number for each level of CP, then TP's, then EP's."""
+    trainable_weights: bool = False
+    """Train the integration weights, one for each residual."""
+    port_learning_rates: Literal["same", "head-heavy"] = "same"
+    """Of the output convolutions: ``head-heavy`` multiplies each one's rate by what its weight would be. AdamW's step
+    does not depend on the gradient's scale, so that a weight of 16 acts as a 16-fold rate too."""
+    hidden_channels: tuple[int, ...] | None = None
+    """Width of CP and TP at each level, instead of the shape's own."""
+    up_channels: tuple[int, ...] | None = None
+    """Width of EP at each level."""
+    ablation: Literal["no-time", "added-once"] | None = None
+    """Leave something out of the method; see `powersteer.ablations`."""
     conditioning_channels: int | None = Field(default=None, gt=0)
     """1 (grey), 3 (RGB), 4 (RGBA: colour and structure), or a feature map's; by default what the data's
     ``dataset.json`` says, else 1."""
@@ -178,6 +201,9 @@ class TrainConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
+        own = [name for name in _BPS_KEYS if getattr(self, name) != type(self).model_fields[name].default]
+        if own and self.network not in ("paper", "lite"):
+            raise ValueError(f"{own[0]} is BPS's own: leave it out for network={self.network}")
         if (self.train_data_dir is None) == (self.dataset_name is None):
             raise ValueError("give either train_data_dir or dataset_name")
         if self.max_train_steps is None and self.num_train_epochs is None:

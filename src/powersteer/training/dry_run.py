@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from powersteer.adapters import make_adapter
 from powersteer.base import source_of
 from powersteer.errors import PowersteerError
 from powersteer.model import BPSModel
@@ -64,7 +65,7 @@ def dry_run(config: TrainConfig, processes: int = 1) -> DryRun:
     with torch.device("meta"):
         frozen: Any = UNet2DConditionModel.from_config(unet)
         try:
-            model = BPSModel.from_unet(frozen, **network)
+            model = make_adapter(frozen, **network)
         except ValueError as error:
             raise PowersteerError(f"'weights': {error}") from None
         others: list[Any] = [AutoencoderKL.from_config(vae), *(kind(encoder) for kind, encoder in text_encoders)]
@@ -82,7 +83,6 @@ def dry_run(config: TrainConfig, processes: int = 1) -> DryRun:
         "condition_kind": network["conditioning"]["kind"],
         "conditions": [network["conditioning_channels"], *(side * network["pixel_unshuffle"] for side in latents)],
         "network": config.network,
-        "residuals": len(model.down_outputs) + 1 + len(model.up_outputs),
         "trainable_parameters": trainable,
         "frozen_parameters": sum(p.numel() for module in (frozen, *others) for p in module.parameters()),
         "precision": precision,
@@ -91,6 +91,8 @@ def dry_run(config: TrainConfig, processes: int = 1) -> DryRun:
         "optimizer_updates": updates,
         "samples_seen": updates * batch,
     }
+    if isinstance(model, BPSModel):
+        facts["residuals"] = len(model.down_outputs) + 1 + len(model.up_outputs)
     if pairs is not None:
         facts["pairs"] = pairs
     memory = estimate_memory(

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from powersteer.adapters import Adapter, attach
 from powersteer.data.encode import EncodedPairs, conditions_of, pixels_of, unet_inputs
 from powersteer.data.pairs import spread
-from powersteer.model import BPSModel
-from powersteer.steering import steer
 from powersteer.training.objective import denoising_target, noise_schedule
 
 
@@ -101,7 +100,7 @@ class HeldOut:
     @torch.no_grad()
     def losses(
         self,
-        model: BPSModel | None,
+        model: Adapter | None,
         *,
         shuffled: bool = False,
         batch_size: int = 64,
@@ -141,7 +140,7 @@ class HeldOut:
             to = {"device": unet.device, "dtype": unet.dtype}
             moved = {name: tensor.to(**to) for name, tensor in states.items()}
             inputs = unet_inputs(moved, pixels_of(self.pipe, latents))
-            steering = nullcontext() if model is None else steer(unet, model, condition, plan=None)
+            steering = nullcontext() if model is None else attach(unet, model, condition)
             with autocast(), steering:
                 guess: Any = unet(noisy.to(**to), timesteps.to(unet.device), **inputs).sample
             target = denoising_target(scheduler, latents, noise, timesteps)

@@ -20,12 +20,11 @@ from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from powersteer.adapters import Adapter, attach
 from powersteer.data.encode import EncodedPairs, Sample, TextStates, conditions_of, pixels_of, unet_inputs
 from powersteer.data.order import Share
 from powersteer.errors import PowersteerError
 from powersteer.hardware import fast_attention
-from powersteer.model import BPSModel
-from powersteer.steering import steer
 from powersteer.training.checkpoint import (
     chosen_checkpoint,
     list_checkpoints,
@@ -70,12 +69,12 @@ class Source(Protocol):
 class SteeredUNet(nn.Module):
     """The frozen U-Net and the network that steers it, as one module: processes share its gradients."""
 
-    def __init__(self, unet: nn.Module, network: BPSModel) -> None:
+    def __init__(self, unet: nn.Module, network: Adapter) -> None:
         super().__init__()
         self.unet, self.network = unet, network
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """The prediction (B, C, h, w); within `steer`, the posterior's."""
+        """The prediction (B, C, h, w); within `attach`, the posterior's."""
         return self.unet(noisy, timesteps, **inputs).sample
 
 
@@ -108,7 +107,7 @@ def fit(
     config: TrainConfig,
     accelerator: Accelerator,
     pipe: Any,
-    network: BPSModel,
+    network: Adapter,
     pairs: Source,
     held_out: HeldOut | None,
     output_dir: Path,
@@ -121,7 +120,7 @@ def fit(
         config: How.
         accelerator: The processes.
         pipe: The frozen base, on its device.
-        network: The steering network.
+        network: The network that steers it.
         pairs: What to train on.
         held_out: On what to choose the best weights.
         output_dir: Checkpoints, weights and log go here.
@@ -237,7 +236,7 @@ def fit(
                 noisy = schedule.add_noise(latents, epsilon, timesteps)
                 to = {"device": accelerator.device, "dtype": pipe.unet.dtype}
                 seed_dropout(config.seed, state.step, places)
-                with accelerator.accumulate(steered), steer(pipe.unet, network, condition, plan=None), attention:
+                with accelerator.accumulate(steered), attach(pipe.unet, network, condition), attention:
                     guess = steered(noisy.to(**to), timesteps.to(accelerator.device), **_moved(inputs, **to))
                     target = denoising_target(schedule, latents, epsilon, timesteps).to(accelerator.device)
                     loss = F.mse_loss(guess.float(), target, reduction="none").mean((1, 2, 3))  # (B,)

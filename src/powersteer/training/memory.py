@@ -13,10 +13,9 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from powersteer.adapters import attach, make_adapter, save_activation_memory
 from powersteer.hardware import fast_attention
 from powersteer.memory import TensorBytes
-from powersteer.model import BPSModel
-from powersteer.steering import steer
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def estimate_memory(
 
     Args:
         unet_config: Of the base's `UNet2DConditionModel`.
-        network: The arguments of `BPSModel.from_unet`.
+        network: The arguments of `powersteer.adapters.make_adapter`.
         batch_size: Samples of one forward pass.
         size: Height and width of the latents.
         text_length: Tokens of a prompt.
@@ -69,31 +68,31 @@ def estimate_memory(
         device_type: ``cpu``, or ``cuda``: there autocast leaves the norms in float32.
 
     Raises:
-        ValueError: ``network`` is wrong; see `BPSModel.from_unet`.
+        ValueError: ``network`` is wrong; see `powersteer.adapters.make_adapter`.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(dict(unet_config)))
         _freeze(unet.eval(), base_dtype)
-        model = BPSModel.from_unet(unet, **network)
+        model = make_adapter(unet, **network)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = None if use_8bit_adam else torch.optim.AdamW(trained, fused=True)
         if optimizer is not None:
             _make_state(optimizer, trained)
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-            model.enable_gradient_checkpointing()
+            save_activation_memory(model)
         if device_type != "cpu" and precision != torch.float32:
             _norms_in_float32(unet)
             _norms_in_float32(model)
-    channels, factor = model.config["conditioning_channels"], model.config["pixel_unshuffle"]
+    channels, factor = network.get("conditioning_channels", 1), network["pixel_unshuffle"]
     height, width = size
     condition = torch.zeros(1).expand(batch_size, channels, factor * height, factor * width)  # one number in memory
 
     kept = [value for state in optimizer.state.values() for value in state.values()] if optimizer is not None else []
     with ExitStack() as steering:
-        # `steer` looks at the condition's values: it is real, and the block is entered outside the fake mode.
-        steering.enter_context(steer(unet, model, condition, plan=None))
+        # `attach` looks at the condition's values: it is real, and the block is entered outside the fake mode.
+        steering.enter_context(attach(unet, model, condition))
         steering.enter_context(fast_attention(device_type, precision))
         with fake, TensorBytes([*unet.parameters(), *model.parameters(), *kept]) as counted:
             inputs = _inputs(unet, batch_size, size, text_length, base_dtype)

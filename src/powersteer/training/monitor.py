@@ -16,13 +16,12 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from powersteer.adapters import Adapter, attach
 from powersteer.data.encode import conditions_of
 from powersteer.data.pairs import spread
 from powersteer.errors import PowersteerError
 from powersteer.generate import steered_pictures
-from powersteer.model import BPSModel
 from powersteer.pictures import condition_picture, save_grid, to_pil
-from powersteer.steering import steer
 from powersteer.training.heldout import Gap, HeldOut
 
 LOG = "log.jsonl"
@@ -52,7 +51,7 @@ class Validation:
     bands: list[str]
 
     @classmethod
-    def of(cls, held_out: HeldOut, prior: torch.Tensor, network: BPSModel, autocast: Any) -> Validation:
+    def of(cls, held_out: HeldOut, prior: torch.Tensor, network: Adapter, autocast: Any) -> Validation:
         """Measure a network."""
         network.eval()
         steered = held_out.losses(network, autocast=autocast)
@@ -160,7 +159,7 @@ class Monitor:
         """A line above the bar."""
         self.console.print(message, highlight=False, soft_wrap=True)
 
-    def pictures(self, pipe: Any, network: BPSModel, watched: HeldOut, count: int, step: int) -> None:
+    def pictures(self, pipe: Any, network: Adapter, watched: HeldOut, count: int, step: int) -> None:
         """Write and report condition | generated | target for some of the watched pairs, seeds fixed."""
         if not self.accelerator.is_main_process or not count:
             return
@@ -172,7 +171,7 @@ class Monitor:
         conditions, factor = conditions_of(samples), pipe.vae.config.scaling_factor
         network.eval()
         with torch.no_grad():
-            with autocast(), steer(pipe, network, conditions, plan=None):
+            with autocast(), attach(pipe.unet, network, conditions):
                 latents = steered_pictures(
                     pipe,
                     None,

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
+from powersteer.adapters import Adapter
 from powersteer.errors import PowersteerError
 from powersteer.model import BPSModel
+from powersteer.presets import integration_weights
 from powersteer.training.config import TrainConfig
 
 
-def make_optimizer(config: TrainConfig, network: BPSModel) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, network: Adapter) -> torch.optim.Optimizer:
     """AdamW on the network's trainable weights, in 8 bits where asked for.
 
     Raises:
@@ -29,12 +31,31 @@ def make_optimizer(config: TrainConfig, network: BPSModel) -> torch.optim.Optimi
             raise PowersteerError("use_8bit_adam=true needs a GPU and bitsandbytes (pip install bitsandbytes)")
         kind = importlib.import_module("bitsandbytes").optim.AdamW8bit
     return kind(
-        [parameter for parameter in network.parameters() if parameter.requires_grad],
+        _groups(config, network),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
     )
+
+
+def _groups(config: TrainConfig, network: Adapter) -> list[dict[str, Any]]:
+    """The trainable weights; first those of the plain rate, then one group for each port with a rate of its own."""
+    rest = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if config.port_learning_rates == "same" or not isinstance(network, BPSModel):
+        return [{"params": list(rest.values())}]
+    depths = network.config["layers_per_block"]
+    down, mid, up = integration_weights(config.port_learning_rates, len(depths))
+    factors = {"mid_output": mid} | {f"up_outputs.{i}": up for i in range(len(network.up_outputs))}
+    by_layer = [weight for weight, depth in zip(down, depths, strict=True) for _ in range(depth)]
+    factors |= {f"down_outputs.{i}": weight for i, weight in enumerate(by_layer)}
+    ports: list[dict[str, Any]] = []
+    for port, factor in factors.items():
+        params = [rest.pop(f"{port}.{kind}") for kind in ("weight", "bias")]
+        # AdamW shrinks a weight by rate times decay: the port is to forget no faster than the others.
+        rates = {"lr": config.learning_rate * factor, "weight_decay": config.adam_weight_decay / factor}
+        ports.append({"params": params, **rates})
+    return [{"params": list(rest.values())}, *ports]
 
 
 class Average:

@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
+from powersteer.adapters import load_network
 from powersteer.base import load_base
 from powersteer.config import save_config
 from powersteer.data.encode import EncodedPairs, Encoder, encode_pairs
 from powersteer.data.pairs import Pairs, Size, Transform, Views, spread
 from powersteer.data.stream import StreamedPairs, list_shards, read_shard
 from powersteer.errors import PowersteerError
-from powersteer.model import BPSModel
 from powersteer.training.checkpoint import save_adapter
 from powersteer.training.config import TrainConfig
 from powersteer.training.dry_run import dry_run, free_memory
@@ -176,7 +176,7 @@ def _refit(config: TrainConfig, accelerator: Accelerator, pipe: Any, pairs: Sour
     accelerator.free_memory()
     _, interrupted = fit(config, accelerator, pipe, network, pairs, None, output_dir, found.best_step, "on all pairs")
     if not interrupted and accelerator.is_main_process:
-        save_adapter(config.output_dir, BPSModel.from_pretrained(output_dir))
+        save_adapter(config.output_dir, load_network(output_dir))
     return interrupted
 
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
-from powersteer.base import load_adapter
+from powersteer.adapters import Adapter, check_adapter, load_network, make_adapter, save_activation_memory
 from powersteer.conditions.kinds import FEATURE
 from powersteer.data.conditioning import Conditioning, conditioning_of
 from powersteer.data.layouts import Columns, hub_rows
@@ -18,7 +18,6 @@ from powersteer.data.pairs import Pairs, Size, Views, bucket_sizes
 from powersteer.errors import PowersteerError
 from powersteer.hardware import native_precision
 from powersteer.model import BPSModel
-from powersteer.steering import check_fits
 from powersteer.training.config import TrainConfig
 from powersteer.training.monitor import check_trackers
 
@@ -63,37 +62,39 @@ def base_dtype(mixed_precision: str, device_type: str) -> torch.dtype:
     return torch.float32 if device_type == "cpu" else autocast_dtype(mixed_precision)
 
 
-def new_network(config: TrainConfig, pipe: Any) -> BPSModel:
+def new_network(config: TrainConfig, pipe: Any) -> Adapter:
     """The network to train: untrained, or with the weights of ``init_from``.
 
     Raises:
         PowersteerError: ``init_from`` is no adapter for the base, or ``weights`` do not fit it.
     """
     if config.init_from is not None:
-        network, wanted = load_adapter(config.init_from), conditioning(config)
-        check_fits(network, pipe)
-        if network.config["conditioning_channels"] != wanted.channels:
-            raise PowersteerError(
-                f"init_from={config.init_from} reads {network.config['conditioning_channels']} channels, the "
-                f"conditions have {wanted.channels}: start from another adapter, or from none"
-            )
-        if wanted.stated:
-            network.register_to_config(conditioning=wanted.record)
+        network, wanted = load_network(config.init_from), conditioning(config)
+        check_adapter(network, pipe)
+        if isinstance(network, BPSModel):
+            if network.config["conditioning_channels"] != wanted.channels:
+                raise PowersteerError(
+                    f"init_from={config.init_from} reads {network.config['conditioning_channels']} channels, the "
+                    f"conditions have {wanted.channels}: start from another adapter, or from none"
+                )
+            if wanted.stated:
+                network.register_to_config(conditioning=wanted.record)
     else:
         torch.manual_seed(config.seed)
         arguments = network_arguments(config, pipe.scheduler.config.prediction_type, pipe.vae_scale_factor)
         try:
-            network = BPSModel.from_unet(pipe.unet, **arguments)
+            network = make_adapter(pipe.unet, **arguments)
         except ValueError as error:
             raise PowersteerError(f"'weights': {error}") from None
     if config.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
+        save_activation_memory(network)
     return network
 
 
 def network_arguments(config: TrainConfig, prediction_type: str, vae_scale_factor: int) -> dict[str, Any]:
-    """Of `BPSModel.from_unet`."""
+    """Of `powersteer.adapters.make_adapter`."""
     given = conditioning(config)
+    own_widths = {"hidden_channels": config.hidden_channels, "up_channels": config.up_channels}
     return {
         "conditioning_channels": given.channels,
         "pixel_unshuffle": 1 if given.kind == FEATURE else vae_scale_factor,
@@ -102,6 +103,9 @@ def network_arguments(config: TrainConfig, prediction_type: str, vae_scale_facto
         "prediction_type": prediction_type,
         "conditioning": given.record,
         "dropout": config.dropout,
+        "trainable_weights": config.trainable_weights,
+        "ablation": config.ablation,
+        **{name: widths for name, widths in own_widths.items() if widths is not None},
     }
 
 

@@ -1,0 +1,35 @@
+"""BPS with one thing taken away, for `powersteer compare`; what a configuration key can take away is not here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from powersteer.model import BPSModel, Steering
+from powersteer.steering import steered_layers
+
+
+class WithoutTime(BPSModel):
+    """BPS that is not told the noise level: its time embedding is zero."""
+
+    def forward(self, condition: torch.Tensor, time_embedding: torch.Tensor) -> Steering:
+        """See `BPSModel.forward`."""
+        return super().forward(condition, torch.zeros_like(time_embedding))
+
+
+class AddedOnce(BPSModel):
+    """BPS whose residuals are added once a U-Net layer, not after ResNet and transformer both; see `last_layers`."""
+
+
+ABLATIONS: dict[str, type[BPSModel]] = {"no-time": WithoutTime, "added-once": AddedOnce}
+
+
+def last_layers(unet: Any) -> Iterator[tuple[int, nn.Module]]:
+    """Where `AddedOnce` adds: the last of the layers that share a residual."""
+    last = dict(steered_layers(unet))  # of each position, the last named: its transformer where it has one
+    middle = sum(len(block.resnets) for block in unet.down_blocks)
+    last[middle] = unet.mid_block.resnets[-1]
+    yield from last.items()

@@ -1,0 +1,178 @@
+"""One protocol for every control network: training, evaluation and comparison know no other.
+
+with attach(unet, network, condition):
+    unet(noisy, timesteps, **inputs)  # the posterior's denoiser, whichever network it is
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, ControlNetXSAdapter, UNet2DConditionModel
+
+from powersteer.ablations import ABLATIONS, AddedOnce, last_layers
+from powersteer.base import load_adapter
+from powersteer.baselines import (
+    Baseline,
+    ZeroStartT2IAdapter,
+    base_widths,
+    condition_channels,
+    condition_factor,
+    hook_up,
+    make_controlnet,
+    make_controlnet_xs,
+    make_t2i_adapter,
+)
+from powersteer.conditions import to_condition
+from powersteer.errors import PowersteerError
+from powersteer.model import BPSModel
+from powersteer.steering import check_fits, steer
+
+Adapter = BPSModel | Baseline
+"""What can be trained: `BPSModel`, or one of the baselines."""
+
+BASELINES = ("controlnet", "controlnet-xs", "t2i-adapter")
+"""Names of the baselines; ``paper`` and ``lite`` are BPS."""
+
+_CLASSES: dict[str, type[Adapter]] = {
+    "ControlNetModel": ControlNetModel,
+    "ControlNetXSAdapter": ControlNetXSAdapter,
+    "ZeroStartT2IAdapter": ZeroStartT2IAdapter,
+    **{kind.__name__: kind for kind in ABLATIONS.values()},
+}
+
+
+def make_adapter(
+    unet: UNet2DConditionModel,
+    *,
+    preset: str = "paper",
+    conditioning_channels: int = 1,
+    pixel_unshuffle: int = 8,
+    ablation: str | None = None,
+    **bps: Any,
+) -> Adapter:
+    """An untrained network for ``unet``; within `attach` it is exactly the prior.
+
+    Args:
+        unet: The U-Net it will be attached to.
+        preset: ``paper``, ``lite``, ``controlnet``, ``controlnet-xs`` or ``t2i-adapter``.
+        conditioning_channels: Channels of the condition.
+        pixel_unshuffle: The VAE's scale factor.
+        ablation: BPS without something; see `powersteer.ablations`.
+        **bps: Further arguments of `BPSModel.from_unet`, which the baselines have no use for.
+
+    Raises:
+        ValueError: ``preset`` or ``weights`` is unknown.
+        PowersteerError: The baseline knows no such U-Net.
+    """
+    if preset == "controlnet":
+        return make_controlnet(unet, pixel_unshuffle)
+    if preset == "controlnet-xs":
+        return make_controlnet_xs(unet, pixel_unshuffle)
+    if preset == "t2i-adapter":
+        return make_t2i_adapter(unet, pixel_unshuffle, conditioning_channels)
+    shape: Any = {"preset": preset, "pixel_unshuffle": pixel_unshuffle, **bps}
+    kind = BPSModel if ablation is None else ABLATIONS[ablation]
+    return kind.from_unet(unet, conditioning_channels=conditioning_channels, **shape)
+
+
+def load_network(name_or_path: str | Path) -> Adapter:
+    """A trained network of any kind; see `powersteer.base.load_adapter` for the names.
+
+    Raises:
+        PowersteerError: There is no such network, or its files are unusable.
+    """
+    config = Path(name_or_path) / "config.json"
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.exists() else None
+        if kind not in _CLASSES:
+            return load_adapter(str(name_or_path))
+        network: Any = _CLASSES[kind].from_pretrained(str(name_or_path), torch_dtype=torch.float32)
+    except (OSError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PowersteerError(f"cannot load the network in {name_or_path}: {reason}") from None
+    return network.eval()
+
+
+def check_adapter(network: Adapter, pipe: Any) -> None:
+    """Refuse a network that was made for another base.
+
+    Args:
+        network: The network.
+        pipe: The pipeline, or the bare U-Net.
+
+    Raises:
+        PowersteerError: Block widths differ; for BPS, see `powersteer.steering.check_fits`.
+    """
+    if isinstance(network, BPSModel):
+        check_fits(network, pipe)
+        return
+    widths = list(getattr(pipe, "unet", pipe).config["block_out_channels"])
+    if base_widths(network) != widths:
+        raise PowersteerError(
+            f"the {type(network).__name__} was made for a U-Net of widths {_dashed(base_widths(network))}; this has "
+            f"{_dashed(widths)}: load the base it was trained on"
+        )
+
+
+def save_activation_memory(network: Any) -> None:
+    """Gradient checkpointing, in the networks that know it."""
+    if network._supports_gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+
+
+@contextmanager
+def attach(unet: UNet2DConditionModel, network: Adapter, condition: torch.Tensor) -> Generator[None]:
+    """Within the block, ``unet`` denoises under the condition; afterwards it is as it was.
+
+    Args:
+        unet: The frozen U-Net.
+        network: The network, made for it.
+        condition: (N, C, H, W) in [0, 1]: N is 1, the U-Net's batch, or half of it (the two halves of classifier-free
+            guidance). One channel serves as three where a network reads three.
+
+    Raises:
+        PowersteerError: The network does not fit the U-Net, the condition is malformed, or (within the block) the
+            number of conditions or their size does not fit the batch.
+    """
+    if isinstance(network, BPSModel):
+        layers = last_layers if isinstance(network, AddedOnce) else None
+        with steer(unet, network, condition, plan=None, layers=layers):
+            yield
+        return
+    check_adapter(network, unet)
+    channels = condition_channels(network)
+    if channels == 3 and condition.ndim == 4 and condition.shape[1] == 1:
+        condition = condition.expand(-1, 3, -1, -1)
+    parameter = next(network.parameters())
+    checked = to_condition(condition, channels).to(device=parameter.device, dtype=parameter.dtype)
+
+    def rows(batch: int) -> torch.Tensor:
+        count = len(checked)
+        if count not in (1, batch) and 2 * count != batch:
+            raise PowersteerError(f"{count} conditions for a U-Net batch of {batch}: give 1, {batch}, or half as many")
+        return checked.repeat(batch // count, 1, 1, 1)
+
+    def check_size(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample = args[0] if args else kwargs["sample"]
+        height, width = (condition_factor(network) * side for side in sample.shape[-2:])
+        if tuple(checked.shape[-2:]) != (height, width):
+            raise PowersteerError(
+                f"the condition is {checked.shape[-2]}×{checked.shape[-1]} pixels, the picture {height}×{width}: "
+                "resize the condition"
+            )
+
+    with ExitStack() as hooks:
+        hooks.enter_context(unet.register_forward_pre_hook(check_size, with_kwargs=True))
+        for handle in hook_up(unet, network, rows):
+            hooks.enter_context(handle)
+        yield
+
+
+def _dashed(widths: list[int]) -> str:
+    return "-".join(str(width) for width in widths)

@@ -1,0 +1,396 @@
+"""Methods × numbers of pairs × seeds, each trained by the same loop and measured alike: one JSON a run.
+
+An experiment file says what; the results are all that `powersteer.compare_report` needs. Data: a folder of ``train``,
+``validation`` and ``test``. The validation split chooses each method's learning rate and each run's best step; the test
+split is looked at once a run, at its end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from rich.console import Console
+
+from powersteer.adapters import Adapter, attach, load_network
+from powersteer.base import load_base
+from powersteer.bench.shapes import machine
+from powersteer.config import StrictConfig, build_config
+from powersteer.data.encode import EncodedPairs, encode_pairs
+from powersteer.data.openmoji import prepare_openmoji
+from powersteer.data.pairs import Pairs, spread
+from powersteer.errors import PowersteerError
+from powersteer.evaluation.lines import line_f1
+from powersteer.generate import steered_pictures
+from powersteer.pictures import from_pil, save_grid
+from powersteer.training.checkpoint import list_checkpoints
+from powersteer.training.config import TrainConfig
+from powersteer.training.dry_run import dry_run
+from powersteer.training.heldout import Gap, HeldOut
+from powersteer.training.monitor import LOG, memory_used
+from powersteer.training.run import train
+from powersteer.training.setup import picture_size
+
+SPLITS = ("train", "validation", "test")
+PRIOR = "prior.json"
+_OWN_KEYS = (
+    "train_data_dir",
+    "validation_data_dir",
+    "validation_split",
+    "max_train_samples",
+    "refit",
+    "output_dir",
+    "cache_dir",
+    "seed",
+    "learning_rate",
+)
+
+
+class TuningConfig(StrictConfig):
+    """The sweep that chooses a learning rate for each method, by the loss on the validation split."""
+
+    learning_rates: tuple[float, ...] = Field(min_length=1)
+    pairs: int = Field(default=200, gt=0)
+    max_train_steps: int = Field(default=200, gt=0)
+    seed: int = 1000
+
+
+class ExperimentConfig(StrictConfig):
+    """One experiment."""
+
+    name: str
+    description: str = ""
+    """For the report."""
+    data_dir: Path | None = None
+    """A folder of ``train``, ``validation`` and ``test``; by default OpenMoji's drawings, made in ``output_dir``."""
+    output_dir: Path
+    """Runs and their weights."""
+    results_dir: Path
+    """One JSON a run, and the grids."""
+    methods: dict[str, dict[str, Any]] = Field(min_length=1)
+    """Keys of `TrainConfig` by which each method differs."""
+    train: dict[str, Any] = Field(default_factory=dict)
+    """Keys of `TrainConfig` for all."""
+    pairs: tuple[int | Literal["all"], ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    tuning: TuningConfig
+    metrics: tuple[str, ...] = ("denoising", "lines")
+    """See `METRICS`."""
+    pictures: int = Field(default=40, gt=0)
+    """Test pairs that pictures are made for, where a metric wants some."""
+    grid_rows: int = Field(default=6, ge=0)
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in METRICS:
+                raise ValueError(f"there is no metric '{name}'; there are: {', '.join(METRICS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _no_key_twice(self) -> ExperimentConfig:
+        for where, keys in {"train": self.train, **self.methods}.items():
+            own = [key for key in keys if key in _OWN_KEYS]
+            if own:
+                raise ValueError(f"{where}: {own[0]} is the experiment's own: leave it out")
+        return self
+
+    def training(self, method: str, pairs: int | str, seed: int, learning_rate: float, folder: str) -> TrainConfig:
+        """The configuration of one run.
+
+        Raises:
+            PowersteerError: A key is unknown or a value wrong.
+        """
+        data = self.data_dir or self.output_dir / "openmoji"
+        values = self.train | self.methods[method]
+        values |= {
+            "train_data_dir": str(data / "train"),
+            "validation_data_dir": data / "validation",
+            "max_train_samples": None if pairs == "all" else pairs,
+            "seed": seed,
+            "learning_rate": learning_rate,
+            "output_dir": self.output_dir / folder,
+            "cache_dir": self.output_dir / "cache",
+        }
+        return build_config(values, TrainConfig, where=f"method {method}")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a metric measures: a network (None: the prior) on the test split."""
+
+    pipe: Any
+    network: Adapter | None
+    held_out: HeldOut
+    prior: torch.Tensor
+    """The frozen base's losses (bands, N), on the same noise."""
+    shown: list[int]
+    """Test pairs that pictures are made for."""
+
+    @cached_property
+    def pictures(self) -> torch.Tensor:
+        """Of the shown pairs, (N, 3, H, W) in [-1, 1]; the seed of pair i is i, whatever the network."""
+        pairs, made = self.held_out.pairs.pairs, list[torch.Tensor]()
+        for batch in torch.tensor(self.shown).split(20):
+            indices = [int(i) for i in batch]
+            drawings = torch.stack([pairs[i][1] for i in indices]).float() / 255
+            with nullcontext() if self.network is None else attach(self.pipe.unet, self.network, drawings):
+                prompts = [pairs.texts[i] for i in indices]
+                height, width = drawings.shape[-2:]
+                images = steered_pictures(self.pipe, None, prompts, None, seeds=indices, height=height, width=width)
+            made += [from_pil(image) for image in images]
+        return torch.stack(made)
+
+
+Metric = Callable[[Trial], dict[str, float]]
+
+
+def denoising(trial: Trial) -> dict[str, float]:
+    """The denoising loss; how far below the prior's (``reduction``, a share); what exchanged conditions cost."""
+    if trial.network is None:
+        return {"loss": trial.prior.mean().item()}
+    steered = trial.held_out.losses(trial.network)
+    control = Gap.of(trial.held_out.losses(trial.network, shuffled=True) - steered)
+    gain, loss = Gap.of(trial.prior - steered), steered.mean().item()
+    return {
+        "loss": loss,
+        "reduction": 1 - loss / trial.prior.mean().item(),
+        "gain": gain.mean,
+        "gain_error": gain.error,
+        "control": control.mean,
+        "control_error": control.error,
+    }
+
+
+def lines(trial: Trial) -> dict[str, float]:
+    """Line fidelity (F1) of pictures made for test sketches."""
+    pairs = trial.held_out.pairs.pairs
+    drawings = torch.stack([pairs[i][1] for i in trial.shown]).float() / 255
+    return {"f1": line_f1(drawings, trial.pictures).mean().item()}
+
+
+METRICS: dict[str, Metric] = {"denoising": denoising, "lines": lines}
+"""By the names that an experiment file gives; results hold each one's figures under its name."""
+
+
+def compare(experiment: ExperimentConfig) -> bool:
+    """Do what is not done yet of an experiment; whether it was interrupted.
+
+    Raises:
+        PowersteerError: A method's keys, the data or a folder is unusable, or a result was made with other settings.
+    """
+    first_rate = experiment.tuning.learning_rates[0]
+    for method in experiment.methods:  # before hours are spent, not after
+        experiment.training(method, experiment.pairs[0], 0, first_rate, "runs")
+    if experiment.data_dir is None:
+        prepare_openmoji(experiment.output_dir / "openmoji")
+    return _Comparison(experiment).run()
+
+
+class _Comparison:
+    """An experiment under way."""
+
+    def __init__(self, experiment: ExperimentConfig) -> None:
+        self.experiment, self.console = experiment, Console(stderr=True)
+        folder = experiment.data_dir or experiment.output_dir / "openmoji"
+        self.data = {split: _folder_digest(folder / split) for split in SPLITS}
+        self.test_dir = folder / "test"
+        self.memories: dict[str, int] = {}
+
+    @cached_property
+    def prior(self) -> Trial:
+        """The base on the test split."""
+        config = self.experiment.training(next(iter(self.experiment.methods)), "all", 0, 1.0, "runs")
+        pipe: Any = load_base(config.pretrained_model_name_or_path)
+        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        size, _ = picture_size(config, pipe.unet.config, pipe.vae_scale_factor)
+        test = Pairs(self.test_dir, size, config.conditioning_channels, kind=config.conditioning_kind)
+        encoded: EncodedPairs = encode_pairs(pipe, test, config.cache_dir, console=self.console)
+        held_out = HeldOut(pipe, encoded)
+        return Trial(pipe, None, held_out, held_out.losses(None), spread(len(test), self.experiment.pictures))
+
+    def run(self) -> bool:
+        """Sweeps first, then every method with a seed and number of pairs, so that what there is compares."""
+        experiment = self.experiment
+        rates: dict[str, float] = {}
+        for method in experiment.methods:
+            chosen = self.tuned(method)
+            if chosen is None:
+                return True
+            rates[method] = chosen
+        self.measure_prior()
+        for seed in experiment.seeds:
+            for pairs in experiment.pairs:
+                if not all(self.trained(method, pairs, seed, rates[method]) for method in experiment.methods):
+                    return True
+                if seed == experiment.seeds[0]:
+                    self.draw_grid(pairs, seed)
+        return False
+
+    def tuned(self, method: str) -> float | None:
+        """The learning rate of the lowest loss on the validation split; None when interrupted."""
+        tuning, losses = self.experiment.tuning, dict[float, float]()
+        folders = {rate: f"tuning/{method}/{rate:g}" for rate in tuning.learning_rates}
+        configs: dict[float, TrainConfig] = {}
+        for rate, folder in folders.items():
+            config = self.experiment.training(method, tuning.pairs, tuning.seed, rate, folder)
+            limit: dict[str, Any] = {"max_train_steps": tuning.max_train_steps, "num_train_epochs": None}
+            configs[rate] = config.model_copy(update={**limit, "num_validation_images": 0})
+        file = self.experiment.results_dir / f"tuning-{method}.json"
+        digest = _digest([_identity(config) for config in configs.values()], self.data)
+        found = self.read(file, digest)
+        if found is not None:
+            return found["chosen"]
+        for rate, config in configs.items():
+            self.console.print(f"{method}: learning rate {rate:g}")
+            if train(config).interrupted:
+                return None
+            losses[rate] = min(row["steered"] for row in _log(config) if row["step"] > 0)
+        chosen = min(losses, key=lambda rate: losses[rate])
+        result = {"kind": "tuning", "method": method, "chosen": chosen, "digest": digest, **tuning.model_dump()}
+        self.write(file, result | {"losses": [losses[rate] for rate in tuning.learning_rates]})
+        for folder in folders.values():
+            shutil.rmtree(self.experiment.output_dir / folder)
+        return chosen
+
+    def measure_prior(self) -> None:
+        """The base alone, once."""
+        file = self.experiment.results_dir / PRIOR
+        digest = _digest([self.experiment.train], self.data)
+        if self.read(file, digest) is None:
+            self.write(file, {"kind": "prior", "digest": digest, **self.measured(self.prior)})
+
+    def trained(self, method: str, pairs: int | str, seed: int, rate: float) -> bool:
+        """Train and measure, unless it is done; whether it is."""
+        name = f"{method}-{pairs}-{seed}"
+        config = self.experiment.training(method, pairs, seed, rate, f"runs/{name}")
+        file, digest = self.experiment.results_dir / f"run-{name}.json", _digest([_identity(config)], self.data)
+        if self.read(file, digest) is not None:
+            return True
+        self.console.print(f"{method}: {pairs} pairs, seed {seed}, learning rate {rate:g}")
+        result = train(config)
+        if result.interrupted:
+            return False
+        network: Any = load_network(config.output_dir)
+        pipe = self.prior.pipe
+        network.to(pipe.unet.device)
+        curve = [{key: row[key] for key in ("step", "seconds", "steered", "control")} for row in _log(config)]
+        weights = config.output_dir / "diffusion_pytorch_model.safetensors"
+        row: dict[str, Any] = {
+            "kind": "run",
+            "method": method,
+            "pairs": pairs,
+            "seed": seed,
+            "learning_rate": rate,
+            "trained_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
+            "updates": result.step,
+            "best_update": result.best_step,
+            "control_update": result.control_step,
+            "seconds": round(result.seconds, 1),
+            "memory_estimated": self.memory(method, config),
+            "memory_used": memory_used(pipe.unet.device),
+            "curve": curve,
+            "config": _identity(config),
+            "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "digest": digest,
+            **self.measured(replace(self.prior, network=network)),
+        }
+        self.write(file, row)
+        for checkpoint in list_checkpoints(config.output_dir):
+            shutil.rmtree(checkpoint)
+        return True
+
+    def memory(self, method: str, config: TrainConfig) -> int:
+        """Bytes of a training step, estimated; neither pairs, seed nor learning rate changes it."""
+        if method not in self.memories:
+            self.memories[method] = dry_run(config).memory.total
+        return self.memories[method]
+
+    def measured(self, trial: Trial) -> dict[str, Any]:
+        """Every metric, and where the figures come from."""
+        packages = ("powersteer", "torch", "diffusers", "transformers", "numpy")
+        return {
+            "test": {name: METRICS[name](trial) for name in self.experiment.metrics},
+            "test_pairs": len(trial.held_out),
+            "data": self.data,
+            "versions": {package: version(package) for package in packages},
+            "hardware": machine(str(trial.pipe.unet.device)),
+        }
+
+    def draw_grid(self, pairs: int | str, seed: int) -> None:
+        """Condition, prior, every method and target side by side, each row from one seed."""
+        file = self.experiment.results_dir / f"grid-{pairs}.png"
+        folders = {m: self.experiment.output_dir / "runs" / f"{m}-{pairs}-{seed}" for m in self.experiment.methods}
+        whole = all((folder / "config.json").exists() for folder in folders.values())
+        if file.exists() or not self.experiment.grid_rows or not whole:
+            return
+        prior = replace(self.prior, shown=spread(len(self.prior.held_out.pairs), self.experiment.grid_rows))
+        test = prior.held_out.pairs.pairs
+        columns = [torch.stack([test[i][1].float().expand(3, -1, -1) / 127.5 - 1 for i in prior.shown]), prior.pictures]
+        for folder in folders.values():
+            network: Any = load_network(folder)
+            columns.append(replace(prior, network=network.to(prior.pipe.unet.device)).pictures)
+        columns.append(torch.stack([test[i][0] for i in prior.shown]))
+        headings = ("condition", "prior", *folders, "target")
+        cells = torch.stack(columns, 1).flatten(0, 1)
+        save_grid(cells, file, len(columns), scale=max(1, 128 // cells.shape[-1]), headings=headings)
+
+    def read(self, file: Path, digest: str) -> dict[str, Any] | None:
+        """A result that is there, made with these settings."""
+        if not file.exists():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise PowersteerError(f"{file} is damaged: remove it, and it is made again") from None
+        if found.get("digest") != digest:
+            raise PowersteerError(
+                f"{file} was made with other settings or data: remove it, or give another results_dir and output_dir"
+            )
+        return found
+
+    def write(self, file: Path, values: dict[str, Any]) -> None:
+        """A result, never seen half-written."""
+        partial = file.with_suffix(".partial")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            partial.replace(file)
+        except OSError as error:
+            raise PowersteerError(f"cannot write {file}: {error.strerror}") from None
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """What decides a run's outcome: its configuration without where things lie."""
+    places = {"train_data_dir", "validation_data_dir", "output_dir", "cache_dir"}
+    return config.model_dump(mode="json", exclude=places)
+
+
+def _digest(configs: list[dict[str, Any]], data: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps([configs, data], sort_keys=True).encode()).hexdigest()
+
+
+def _folder_digest(folder: Path) -> str:
+    """Of every file's name and bytes."""
+    if not folder.is_dir():
+        raise PowersteerError(f"{folder} is missing: data_dir must hold {', '.join(SPLITS)}")
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _log(config: TrainConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (config.output_dir / LOG).read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,244 @@
+"""Tables and plots of an experiment, from its results alone."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from powersteer.compare import ExperimentConfig
+from powersteer.errors import PowersteerError
+
+HEADINGS = {
+    "denoising.reduction": ("Denoising loss below the prior's ↑", 100.0, " %"),
+    "denoising.control": ("Loss added by exchanged conditions ↑", 1.0, ""),
+    "denoising.loss": ("Denoising loss ↓", 1.0, ""),
+    "lines.f1": ("Line fidelity, F1 ↑", 1.0, ""),
+}
+"""Heading, factor and unit of a figure; others have their own name."""
+_HIDDEN = ("denoising.gain", "denoising.gain_error", "denoising.control_error")
+QUALITY = "denoising.reduction"
+"""What is plotted."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over seeds, and its standard error (None with one seed)."""
+
+    mean: float
+    error: float | None
+
+    @classmethod
+    def of(cls, values: list[float]) -> Figure:
+        """Of one value a seed."""
+        error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        return cls(mean(values), error)
+
+    def shown(self, factor: float = 1.0, unit: str = "") -> str:
+        """As text, with the digits that the error warrants."""
+        if self.error is None:
+            return f"{factor * self.mean:.3g}{unit}"
+        digits = 2 if factor * self.error >= 0.01 else 4
+        return f"{factor * self.mean:.{digits}f} ± {factor * self.error:.{digits}f}{unit}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an experiment's results folder holds."""
+
+    runs: list[dict[str, Any]]
+    tuning: dict[str, dict[str, Any]]
+    prior: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, experiment: ExperimentConfig) -> Results:
+        """All results of the experiment's methods.
+
+        Raises:
+            PowersteerError: There are none, or one is damaged.
+        """
+        found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for file in sorted(experiment.results_dir.glob("*.json")):
+            try:
+                values = json.loads(file.read_text(encoding="utf-8"))
+                found[values["kind"]].append(values)
+            except (ValueError, KeyError, TypeError):
+                raise PowersteerError(f"{file} is no result of powersteer compare: remove it") from None
+        runs = [run for run in found["run"] if run["method"] in experiment.methods]
+        if not runs:
+            raise PowersteerError(f"{experiment.results_dir} holds no results yet: run without --report first")
+        return cls(runs, {row["method"]: row for row in found["tuning"]}, next(iter(found["prior"]), None))
+
+    def of(self, method: str, pairs: int | str) -> list[dict[str, Any]]:
+        """Runs of one cell, one a seed."""
+        return [run for run in self.runs if (run["method"], run["pairs"]) == (method, pairs)]
+
+    def figure(self, method: str, pairs: int | str, key: str) -> Figure | None:
+        """A test figure, ``metric.figure``, over the seeds there are."""
+        metric, _, name = key.partition(".")
+        runs = self.of(method, pairs)
+        values = [run["test"][metric][name] for run in runs if name in run["test"].get(metric, {})]
+        return Figure.of(values) if values else None
+
+    @property
+    def keys(self) -> list[str]:
+        """Every test figure that is shown."""
+        keys = {f"{metric}.{name}" for run in self.runs for metric, row in run["test"].items() for name in row}
+        return sorted(keys - set(_HIDDEN), key=lambda key: ([*HEADINGS, key].index(key), key))
+
+
+def write_report(experiment: ExperimentConfig, file: Path) -> Path:
+    """Write ``file`` (Markdown) and, in ``<its folder>/results``, the plots it shows.
+
+    Raises:
+        PowersteerError: matplotlib is missing, there are no results, or the files cannot be written.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PowersteerError("the plots need matplotlib: pip install 'powersteer[plots]'")
+    results = Results.read(experiment)
+    plots = file.parent / "results"
+    try:
+        plots.mkdir(parents=True, exist_ok=True)
+        names = _draw(experiment, results, plots)
+        file.write_text(_markdown(experiment, results, file, [plots / name for name in names]), encoding="utf-8")
+    except OSError as error:
+        raise PowersteerError(f"cannot write {file}: {error.strerror}") from None
+    return file
+
+
+def _markdown(experiment: ExperimentConfig, results: Results, file: Path, plots: list[Path]) -> str:
+    seeds = sorted({run["seed"] for run in results.runs})
+    some = results.runs[0]
+    finished, wanted = len(results.runs), len(experiment.methods) * len(experiment.pairs) * len(experiment.seeds)
+    tuning = experiment.tuning
+    text = [f"# Results: {experiment.name}", ""]
+    text += [experiment.description.strip(), ""] if experiment.description else []
+    text += [
+        f"Generated by `powersteer compare … --report` from {finished} of {wanted} runs. Mean ± standard error over "
+        f"{len(seeds)} seeds; {some['test_pairs']} test pairs, on which nothing was chosen. Every method trains by the "
+        "same loop on the same pairs, batches, noise and prompts; the validation split chooses its learning rate and "
+        "each run's best step.",
+        "",
+        "Hardware and versions: "
+        + "; ".join(sorted({run["hardware"] for run in results.runs}))
+        + "; "
+        + ", ".join(f"{name} {number}" for name, number in some["versions"].items())
+        + ".",
+        "",
+    ]
+    for key in results.keys:
+        heading, factor, unit = HEADINGS.get(key, (key, 1.0, ""))
+        text += [f"## {heading}", "", *_table(["method", *(f"{pairs} pairs" for pairs in experiment.pairs)])]
+        metric, _, name = key.partition(".")
+        if results.prior is not None and name in results.prior["test"].get(metric, {}):
+            value = Figure(results.prior["test"][metric][name], None).shown(factor, unit)
+            text.append(_line(["prior", *[value] * len(experiment.pairs)]))
+        for method in experiment.methods:
+            cells = [results.figure(method, pairs, key) for pairs in experiment.pairs]
+            text.append(_line([method, *("" if cell is None else cell.shown(factor, unit) for cell in cells)]))
+        text.append("")
+    text += ["## What each took", ""]
+    text += _table(["method", "trained parameters", "learning rate", "seconds a run", "updates", "memory, estimated"])
+    for method in experiment.methods:
+        runs = [run for run in results.runs if run["method"] == method]
+        if runs:
+            seconds, updates = (Figure.of([run[key] for run in runs]) for key in ("seconds", "updates"))
+            size, memory = runs[0]["trained_parameters"], max(run["memory_estimated"] for run in runs)
+            rate = f"{runs[0]['learning_rate']:g}"
+            rate += " (at the edge of the sweep)" if _at_edge(results.tuning.get(method)) else ""
+            cells = [
+                f"{size / 1e6:.2f} M",
+                rate,
+                f"{seconds.mean:.0f}",
+                f"{updates.mean:.0f}",
+                f"{memory / 1e9:.2f} GB",
+            ]
+            text.append(_line([method, *cells]))
+    text += [
+        "",
+        f"The sweep: {', '.join(f'{rate:g}' for rate in tuning.learning_rates)}; {tuning.pairs} pairs, "
+        f"{tuning.max_train_steps} updates, seed {tuning.seed}; the lowest loss on the validation split.",
+        "",
+    ]
+    grids = [experiment.results_dir / f"grid-{pairs}.png" for pairs in experiment.pairs]
+    for picture in [*plots, *(grid for grid in grids if grid.exists())]:
+        text += [f"![{picture.stem}]({Path(os.path.relpath(picture, file.parent)).as_posix()})", ""]
+    return "\n".join(text).rstrip() + "\n"
+
+
+def _draw(experiment: ExperimentConfig, results: Results, folder: Path) -> list[str]:
+    """Curves, and quality against pairs, parameters and seconds; the files' names."""
+    matplotlib = importlib.import_module("matplotlib")
+    matplotlib.use("agg")
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    drawn: list[str] = []
+
+    def save(figure: Any, kind: str) -> None:
+        drawn.append(f"{experiment.name}-{kind}.png")
+        figure.savefig(folder / drawn[-1], dpi=110, bbox_inches="tight", metadata={"Software": None})
+        pyplot.close(figure)
+
+    panels = [pairs for pairs in experiment.pairs if any(run["pairs"] == pairs for run in results.runs)]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), sharey=True, squeeze=False)
+    for axis, pairs in zip(axes[0], panels, strict=True):
+        for method in experiment.methods:
+            curve = _mean_curve(results.of(method, pairs))
+            axis.plot(list(curve), list(curve.values()), label=method)
+        axis.set(title=f"{pairs} pairs", xlabel="updates")
+    axes[0][0].set_ylabel("validation loss")
+    axes[0][-1].legend(fontsize="small")
+    save(figure, "curves")
+
+    heading, factor, _ = HEADINGS[QUALITY]
+    if QUALITY not in results.keys:
+        return drawn
+    ways = {"pairs": "pairs", "trained_parameters": "trained parameters", "seconds": "training seconds"}
+    for key, label in ways.items():
+        figure, axis = pyplot.subplots(figsize=(5, 3.6))
+        for method in experiment.methods:
+            points: list[tuple[float, Figure]] = []
+            for pairs in panels:
+                quality, runs = results.figure(method, pairs, QUALITY), results.of(method, pairs)
+                if quality is not None:
+                    across = panels.index(pairs) if key == "pairs" else mean(run[key] for run in runs)
+                    points.append((across, quality))
+            across, height = [x for x, _ in points], [factor * quality.mean for _, quality in points]
+            errors = [factor * (quality.error or 0.0) for _, quality in points]
+            axis.errorbar(across, height, yerr=errors, marker="o", capsize=3, label=method)
+        if key == "pairs":
+            axis.set_xticks(range(len(panels)), [str(pairs) for pairs in panels])
+        else:
+            axis.set_xscale("log")
+        axis.set(xlabel=label, ylabel=f"{heading.removesuffix(' ↑')}, %")
+        axis.legend(fontsize="small")
+        save(figure, key.replace("_", "-"))
+    return drawn
+
+
+def _mean_curve(runs: list[dict[str, Any]]) -> dict[int, float]:
+    """Validation loss by update, over the seeds that were measured there."""
+    losses: dict[int, list[float]] = defaultdict(list)
+    for run in runs:
+        for row in run["curve"]:
+            losses[row["step"]].append(row["steered"])
+    return {step: mean(losses[step]) for step in sorted(losses)}
+
+
+def _at_edge(tuning: dict[str, Any] | None) -> bool:
+    """Whether a better learning rate may lie outside what was tried."""
+    rates = sorted(tuning["learning_rates"]) if tuning else []
+    return len(rates) > 1 and tuning is not None and tuning["chosen"] in (rates[0], rates[-1])
+
+
+def _table(headings: list[str]) -> list[str]:
+    return [_line(headings), _line(["---"] * len(headings))]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,210 @@
+"""An experiment from its file to its report: what is done once, measured alike, and told from the JSON alone."""
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+
+from conftest import draw_pairs
+from powersteer import PowersteerError, cli, compare, compare_report
+from powersteer.adapters import load_network
+from powersteer.base import load_base
+from powersteer.compare import ExperimentConfig
+from powersteer.compare_report import Figure, Results, write_report
+from powersteer.config import build_config, load_config
+from powersteer.data.encode import encode_pairs
+from powersteer.data.pairs import Pairs
+from powersteer.training.heldout import HeldOut
+
+
+def values_of(folder, base_dir):
+    return {
+        "name": "tiny",
+        "data_dir": folder / "data",
+        "output_dir": folder / "runs",
+        "results_dir": folder / "results",
+        "methods": {"lite": {"network": "lite", "weights": "uniform"}, "t2i": {"network": "t2i-adapter"}},
+        "train": {
+            "pretrained_model_name_or_path": str(base_dir),
+            "max_train_steps": 3,
+            "validation_steps": 3,
+            "train_batch_size": 4,
+            "lr_warmup_steps": 0,
+            "ema_decay": None,
+            "num_validation_images": 0,
+            "mixed_precision": "no",
+        },
+        "pairs": [8],
+        "seeds": [0, 1],
+        "tuning": {"learning_rates": [1e-9, 3e-3], "pairs": 8, "max_train_steps": 3},
+        "pictures": 2,
+        "grid_rows": 2,
+    }
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, base_dir):
+    folder = tmp_path_factory.mktemp("experiment")
+    for split, count in (("train", 10), ("validation", 4), ("test", 6)):
+        draw_pairs(folder / "data" / split, count, seed=count)
+    experiment = build_config(values_of(folder, base_dir), ExperimentConfig)
+    assert not compare.compare(experiment)
+    return experiment
+
+
+def result(experiment, name):
+    return json.loads((experiment.results_dir / f"{name}.json").read_text())
+
+
+def test_every_run_has_its_figures_and_where_they_come_from(done):
+    names = {file.stem for file in done.results_dir.glob("*.json")}
+    runs = {f"run-{method}-8-{seed}" for method in ("lite", "t2i") for seed in (0, 1)}
+    assert names == {*runs, "prior", "tuning-lite", "tuning-t2i"}
+    run, prior = result(done, "run-lite-8-1"), result(done, "prior")["test"]["denoising"]["loss"]
+    assert run["updates"] == 3 and run["learning_rate"] == 3e-3 and [row["step"] for row in run["curve"]] == [0, 3]
+    assert run["test_pairs"] == 6 and set(run["data"]) == {"train", "validation", "test"}
+    assert run["versions"]["torch"] == torch.__version__.partition("+")[0] or "torch" in run["versions"]
+    assert run["hardware"] and run["memory_estimated"] > 0 and run["memory_used"] > 0 and len(run["weights"]) == 64
+    network = load_network(done.output_dir / "runs" / "lite-8-1")
+    assert run["trained_parameters"] == sum(p.numel() for p in network.parameters() if p.requires_grad)
+    # The figures are those of the kept weights on the test split.
+    pipe = load_base(str(done.train["pretrained_model_name_or_path"]))
+    test = encode_pairs(pipe, Pairs(done.data_dir / "test", (32, 32)), done.output_dir / "cache")
+    held_out, found = HeldOut(pipe, test), run["test"]["denoising"]
+    assert held_out.losses(None).mean().item() == pytest.approx(prior, rel=1e-6)
+    assert held_out.losses(network).mean().item() == pytest.approx(found["loss"], rel=1e-5)
+    assert found["reduction"] == pytest.approx(1 - found["loss"] / prior) and 0 <= run["test"]["lines"]["f1"] <= 1
+    assert found["gain"] == pytest.approx(prior - found["loss"], abs=1e-6)
+
+
+def test_the_sweep_is_on_the_validation_split_and_recorded(done):
+    tuning = result(done, "tuning-t2i")
+    assert tuning["learning_rates"] == [1e-9, 3e-3] and tuning["pairs"] == 8 and tuning["seed"] == 1000
+    lowest = tuning["losses"].index(min(tuning["losses"]))
+    assert tuning["losses"][0] != tuning["losses"][1] and tuning["chosen"] == tuning["learning_rates"][lowest]
+    assert not list((done.output_dir / "tuning").glob("t2i/*"))  # what was only for the sweep is gone
+    assert not list((done.output_dir / "runs").glob("*/checkpoint-*"))
+
+
+def test_what_is_done_is_not_done_again_and_other_settings_are_refused(done, monkeypatch):
+    def trained(_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(compare, "train", trained)
+    assert not compare.compare(done)
+    changed = done.model_copy(update={"train": {**done.train, "max_train_steps": 4}})
+    with pytest.raises(PowersteerError, match=r"run-lite-8-0.json was made with other settings|prior.json was made"):
+        compare.compare(changed)
+    more = done.model_copy(update={"seeds": (0, 1, 2)})
+    with pytest.raises(AssertionError, match="trained again"):
+        compare.compare(more)
+
+
+def test_an_interrupted_run_is_gone_on_with(done, monkeypatch, tmp_path):
+    places = {"results_dir": tmp_path / "results", "output_dir": tmp_path / "runs", "grid_rows": 0}
+    one = {"methods": {"lite": done.methods["lite"]}, "seeds": (0,), "metrics": ("denoising",)}
+    other = done.model_copy(update=places | one)
+    real, calls = compare.train, []
+
+    def interrupted_at_the_third(config):
+        calls.append(config.output_dir)
+        found = real(config)
+        return compare.replace(found, interrupted=True) if len(calls) == 3 else found
+
+    monkeypatch.setattr(compare, "train", interrupted_at_the_third)
+    assert compare.compare(other)
+    assert {file.name for file in other.results_dir.iterdir()} == {"tuning-lite.json", "prior.json"}
+    assert not compare.compare(other)
+    assert calls[3] == calls[2] and len(calls) == 4  # the same folder again, whose checkpoints it goes on from
+    wanted, found = result(done, "run-lite-8-0"), result(other, "run-lite-8-0")
+    assert wanted["test"]["denoising"] == found["test"]["denoising"] and wanted["weights"] == found["weights"]
+
+
+def test_methods_see_the_same_pairs_side_by_side(done):
+    assert (done.results_dir / "grid-8.png").exists()
+    from PIL import Image
+
+    assert Image.open(done.results_dir / "grid-8.png").size == (5 * 130 - 2, 18 + 2 * 130 - 2)
+
+
+def test_the_report_is_made_of_the_json_alone(done, tmp_path):
+    pytest.importorskip("matplotlib")
+    moved = done.model_copy(update={"output_dir": tmp_path / "nowhere", "data_dir": tmp_path / "nothing"})
+    text = write_report(moved, tmp_path / "docs" / "results.md").read_text()
+    assert "from 4 of 4 runs" in text and "over 2 seeds; 6 test pairs" in text
+    losses = [result(done, f"run-lite-8-{seed}")["test"]["denoising"]["loss"] for seed in (0, 1)]
+    wanted = Figure(sum(losses) / 2, abs(losses[0] - losses[1]) / 2).shown()  # two values: s/√2 is half their distance
+    assert f"| lite | {wanted} |" in text
+    assert "0.003 (at the edge of the sweep)" in text and "The sweep: 1e-09, 0.003; 8 pairs" in text
+    for name in ("curves", "pairs", "trained-parameters", "seconds"):
+        assert f"(results/tiny-{name}.png)" in text and (tmp_path / "docs" / "results" / f"tiny-{name}.png").exists()
+    assert write_report(moved, tmp_path / "docs" / "results.md").read_text() == text
+
+
+def test_a_mean_and_its_standard_error():
+    figure = Figure.of([1.0, 2.0, 6.0])
+    assert figure.mean == 3 and figure.error == pytest.approx(7**0.5 / 3**0.5)  # s² = (4 + 1 + 9) / 2
+    assert figure.shown() == "3.00 ± 1.53" and Figure.of([0.25]).shown(100, " %") == "25 %"
+    assert Figure.of([0.1, 0.1002]).shown() == "0.1001 ± 0.0001"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": ["denoising", "fid"]}, "there is no metric 'fid'; there are: denoising, lines"),
+        ({"methods": {"a": {"learning_rate": 1}}}, "a: learning_rate is the experiment's own"),
+        ({"train": {"seed": 3}}, "train: seed is the experiment's own"),
+        ({"pair": [3]}, "unknown key 'pair'; did you mean 'pairs'?"),
+        ({"methods": {}}, "'methods'"),
+        ({"tuning": {"learning_rates": []}}, "'tuning.learning_rates'"),
+    ],
+)
+def test_a_faulty_experiment_is_refused(tmp_path, change, message):
+    with pytest.raises(PowersteerError) as fault:
+        build_config({**values_of(tmp_path, "base"), **change}, ExperimentConfig)
+    assert message in str(fault.value)
+
+
+def test_faults_are_found_before_anything_is_trained(tmp_path, monkeypatch, done):
+    with pytest.raises(PowersteerError, match="method lite: unknown key 'netwrok'; did you mean 'network'"):
+        compare.compare(done.model_copy(update={"methods": {"lite": {"netwrok": "lite"}}}))
+    with pytest.raises(PowersteerError, match="train is missing: data_dir must hold train, validation, test"):
+        compare.compare(done.model_copy(update={"data_dir": tmp_path}))
+    empty = done.model_copy(update={"results_dir": tmp_path})
+    with pytest.raises(PowersteerError, match="holds no results yet: run without --report first"):
+        Results.read(empty)
+    (tmp_path / "run-x.json").write_text("[1]")
+    with pytest.raises(PowersteerError, match=r"run-x.json is no result of powersteer compare"):
+        Results.read(empty)
+    monkeypatch.setattr(compare_report.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(PowersteerError, match=r"pip install 'powersteer\[plots\]'"):
+        write_report(done, tmp_path / "results.md")
+
+
+def test_the_command(done, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(done.model_dump(mode="json")))
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["powersteer", "compare", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code or 0, capsys.readouterr()
+
+    code, printed = run(file, "--report", "--out", tmp_path / "results.md")
+    assert code == 0 and "results.md" in printed.out and (tmp_path / "results.md").exists()
+    code, printed = run(file)
+    assert code == 0 and "done; --report writes" in printed.out
+    code, printed = run(tmp_path / "none.yaml")
+    assert code == 2 and "cannot read the configuration" in printed.err
+
+
+@pytest.mark.parametrize("name", ["few-shot", "ablations"])
+def test_the_experiments_that_ship_are_sound(name, request):
+    experiment = load_config(request.config.rootpath / "configs" / "experiments" / f"{name}.yaml", ExperimentConfig)
+    assert len(experiment.seeds) >= 3 and experiment.name == name
+    for method in experiment.methods:
+        experiment.training(method, 40, 0, 1e-4, "runs")
