@@ -93,18 +93,24 @@ def train_adapter(world: World, unet: Any, method: str, pairs: Pairs, budget: Bu
             network.train()
         return total / held_out.noise.numel()
 
-    curve, best_update, taken = [validate()], 0, 0
-    best = copy.deepcopy(network.state_dict())
-    for taken in learner.updates(loss):
-        if taken % VALIDATE_UPDATES:
-            continue
+    best, best_update, taken = copy.deepcopy(network.state_dict()), 0, 0
+    curve = [validate()]
+
+    def keep_if_best() -> None:
+        nonlocal best, best_update
         curve.append(validate())
         if curve[-1] == min(curve):
             best_update = taken
             with learner.average.applied(learner.parameters):
                 best = copy.deepcopy(network.state_dict())
-        elif taken - best_update >= PATIENCE * VALIDATE_UPDATES:
-            break
+
+    for taken in learner.updates(loss):
+        if taken % VALIDATE_UPDATES == 0:
+            keep_if_best()
+            if taken - best_update >= PATIENCE * VALIDATE_UPDATES:
+                break
+    if taken % VALIDATE_UPDATES:
+        keep_if_best()
     network.load_state_dict(best)
     return Trained(network.eval(), taken, best_update, curve, learner.seconds)
 

@@ -69,9 +69,7 @@ def train_prior(budget: Budget, seed: int = 0) -> tuple[UNet2DConditionModel, di
         target = world.field.denoise(noisy.pictures, noisy.alphas)
         return F.mse_loss(predict(unet, noisy), target.float())
 
-    taken = 0
-    for taken in learner.updates(loss):
-        pass
+    taken = sum(1 for _ in learner.updates(loss))
     with learner.average.applied(learner.parameters):
         kept = make_unet()
         kept.load_state_dict(unet.state_dict())
