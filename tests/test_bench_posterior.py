@@ -69,15 +69,16 @@ def test_noise_is_the_schedules_and_timesteps_are_stratified(world):
 def test_the_excess_is_the_loss_beyond_the_least_possible(world, unet):
     torch.manual_seed(1)
     network = randomise(make_adapter(unet, preset="controlnet", conditioning_channels=3, pixel_unshuffle=1))
-    scored = score(world, unet, network, 64, seed=3)
-    pairs = world.draw(64, generator(3))
-    for band, timesteps in enumerate(world.stratified(64, 4, generator(3))):
+    scored = score(world, unet, network, 32, seed=3)
+    same = generator(3)
+    pairs = world.draw(32, same)
+    for band, timesteps in enumerate(world.stratified(32, 4, same)):
         draws = world.disturb(pairs, timesteps, generator(4))
         least = world.posterior.around.loss(draws.alphas).mean().item()
         loss = sum((guess - noisy.noise).square().sum().item() for noisy, guess in guesses(world, unet, network, draws))
         assert loss / draws.noise.numel() - least == pytest.approx(scored.excess[band], rel=0.1)
         prior_loss = world.field.loss(draws.alphas).mean().item()
-        assert scored.gap[band] == pytest.approx(prior_loss - least, rel=0.05)
+        assert scored.gap[band] == pytest.approx(prior_loss - least)
 
 
 def test_shares_are_zero_at_the_prior_and_one_at_the_posterior():
@@ -90,10 +91,10 @@ def test_shares_are_zero_at_the_prior_and_one_at_the_posterior():
 def test_an_untrained_adapter_stands_where_the_prior_stands(world, unet):
     # E‖ε̂ − posterior‖² = E‖ε̂ − prior‖² + gap, for ε̂ knows nothing of y.
     network = make_adapter(unet, preset="paper", conditioning_channels=3, pixel_unshuffle=1).eval()
-    scored = score(world, unet, network, 128, seed=5)
-    excess = prior.prior_excess(unet, world, 128, seed=5)
+    scored = score(world, unet, network, 48, seed=5)
+    excess = prior.prior_excess(unet, world, 48, seed=5)
     for whole, own, gap in zip(scored.excess, excess, scored.gap, strict=True):
-        assert whole == pytest.approx(own + gap, rel=0.05)
+        assert whole == pytest.approx(own + gap, rel=0.1)
 
 
 @pytest.mark.parametrize("method", adapters.LEARNING_RATES)
@@ -117,23 +118,25 @@ def test_every_method_learns_and_keeps_nothing_worse_than_the_prior(world, unet,
         assert torch.allclose(steered, predict(unet, draws), atol=1e-6) == (trained.best_update == 0)
 
 
-def test_patience_ends_a_run_and_the_prior_is_kept(world, unet, monkeypatch):
+def test_patience_ends_a_run_and_the_best_weights_are_kept(world, unet, monkeypatch):
     monkeypatch.setattr(adapters, "VALIDATE_UPDATES", 1)
     monkeypatch.setattr(adapters, "PATIENCE", 2)
-    monkeypatch.setattr(adapters, "LEARNING_RATES", {"lite": 100.0})  # nothing good comes of it
-    trained = train_adapter(world, unet, "lite", world.draw(8, generator()), Budget(50, 1.0), seed=0)
-    assert trained.updates == 2 and trained.best_update == 0
-    draws = world.disturb(world.draw(2, generator()), torch.tensor([100, 800]), generator(1))
-    with torch.no_grad(), attach(unet, trained.network, world.condition(draws.pairs.observed)):
-        steered = predict(unet, draws)
-    assert torch.equal(steered, predict(unet, draws))
+    monkeypatch.setattr(adapters, "LEARNING_RATES", {"lite": 1.0})  # nothing good comes of it for long
+    pairs = world.draw(10, generator())
+    trained = train_adapter(world, unet, "lite", pairs, Budget(50, 1.0), seed=0)
+    curve = trained.held_out
+    assert trained.updates == trained.best_update + 2 == len(curve) - 1 and curve[trained.best_update] == min(curve)
+    draws = adapters.held_out_draws(world, pairs[:2], generator())  # a fifth, eight times each
+    assert len(draws.pairs) == 16
+    [(_, guess)] = guesses(world, unet, trained.network, draws)
+    assert (guess - draws.noise).square().mean().item() == pytest.approx(min(curve), rel=1e-5)
 
 
 def test_the_prior_learns_the_field(world, unet):
-    learned, figures = prior.train_prior(Budget(20, 1.0))
-    assert figures["updates"] == 20 and not learned.training
+    learned, figures = prior.train_prior(Budget(12, 1.0))
+    assert figures["updates"] == 12 and not learned.training
     before, after = (sum(prior.prior_excess(u, world, 16, seed=1)) for u in (make_unet().eval(), learned))
-    assert after < 0.8 * before
+    assert after < before
 
 
 def test_a_budget_ends_at_its_updates_or_minutes_and_the_rate_falls():
@@ -156,7 +159,7 @@ def run(tmp_path):
     said = []
 
     def run(**changed):
-        given = {"pairs": [8], "methods": ["lite", "t2i-adapter"], "seeds": 2, "updates": 1, "evaluated_pairs": 4}
+        given = {"pairs": [8], "methods": ["t2i-adapter"], "seeds": 2, "updates": 1, "evaluated_pairs": 4}
         given["prior_minutes"] = 1e-3
         said.clear()
         return bench_posterior(tmp_path, **{**given, **changed}, say=said.append), list(said)
@@ -166,11 +169,11 @@ def run(tmp_path):
 
 def test_bench_sums_up_and_does_nothing_twice(run, tmp_path):
     first, said = run()
-    assert len(said) == 4 and said[0].startswith("lite, 8 pairs, seed 0:")
-    runs = [json.loads((tmp_path / "runs" / f"edges-lite-8-{seed}.json").read_text()) for seed in (0, 1)]
+    assert len(said) == 2 and said[0].startswith("t2i-adapter, 8 pairs, seed 0:")
+    runs = [json.loads((tmp_path / "runs" / f"edges-t2i-adapter-8-{seed}.json").read_text()) for seed in (0, 1)]
     row = first.rows[0]
     shares = [run["share"] for run in runs]
-    assert (row.method, row.pairs, row.seeds) == ("lite", 8, 2)
+    assert (row.method, row.pairs, row.seeds) == ("t2i-adapter", 8, 2)
     assert row.share == pytest.approx(sum(shares) / 2)
     assert row.error == pytest.approx(abs(shares[0] - shares[1]) / 2)
     world = World("edges")
@@ -182,16 +185,16 @@ def test_bench_sums_up_and_does_nothing_twice(run, tmp_path):
     assert written["prior_share"] == pytest.approx(-sum(first.prior_excess_by_band) / sum(first.gap_by_band))
     assert (tmp_path / "edges.png").read_bytes().startswith(b"\x89PNG")
 
-    (tmp_path / "runs" / "edges-lite-8-1.json").unlink()
+    (tmp_path / "runs" / "edges-t2i-adapter-8-1.json").unlink()
     again, said = run()
-    assert len(said) == 1 and "lite, 8 pairs, seed 1" in said[0]
+    assert len(said) == 1 and "t2i-adapter, 8 pairs, seed 1" in said[0]
     assert [row.share for row in again.rows] == [row.share for row in first.rows]
 
 
 def test_bench_refuses_in_words(run, tmp_path, monkeypatch):
-    run(methods=["lite"], seeds=1)
+    run(seeds=1)
     for changed, message in (
-        ({"minutes": 2.0}, "edges-lite-8-0.json was made with minutes 5.0, not 2.0: give another --out"),
+        ({"minutes": 2.0}, "edges-t2i-adapter-8-0.json was made with minutes 5.0, not 2.0: give another --out"),
         ({"observation": "sketch"}, "must be blur, mask, edges, not 'sketch'"),
         ({"methods": ["lora"]}, "the method must be paper, lite, .* not 'lora'"),
         ({"pairs": [40, 3]}, "3 pairs are too few"),
@@ -199,8 +202,8 @@ def test_bench_refuses_in_words(run, tmp_path, monkeypatch):
     ):
         with pytest.raises(PowersteerError, match=message):
             run(**changed)
-    (tmp_path / "runs" / "edges-lite-8-0.json").write_text("{")
-    with pytest.raises(PowersteerError, match=r"edges-lite-8-0\.json is no finished run: delete it"):
+    (tmp_path / "runs" / "edges-t2i-adapter-8-0.json").write_text("{")
+    with pytest.raises(PowersteerError, match=r"edges-t2i-adapter-8-0\.json is no finished run: delete it"):
         run()
     (tmp_path / "prior" / "config.json").write_text("{")
     (tmp_path / "prior" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
@@ -222,11 +225,10 @@ def test_bench_posterior_command(tmp_path, monkeypatch, capsys):
             cli.main()
         return stop.value.code or 0, capsys.readouterr()
 
-    monkeypatch.setattr(bench, "EVALUATED_PAIRS", 4)
     monkeypatch.setattr(bench_posterior, "__kwdefaults__", {**bench_posterior.__kwdefaults__, "evaluated_pairs": 4})
     args = ("--pairs", "8", "--methods", "t2i-adapter", "--minutes", "0.001", "--prior-minutes", "0.001")
     code, printed = run(*args, "--observation", "mask")
-    assert code == 0 and "t2i-adapter" in printed.out and "the frozen U-Net itself" in printed.out
+    assert code == 0 and "t2i-adapter" in printed.out and "prior U-Net" in printed.out
     code, printed = run(*args, "--observation", "mask", "--json")
     assert code == 0 and json.loads(printed.out)["rows"][0]["pairs"] == 8
     code, printed = run(*args, "--methods", "lora")

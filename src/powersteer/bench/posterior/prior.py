@@ -58,7 +58,8 @@ def train_prior(budget: Budget, seed: int = 0) -> tuple[UNet2DConditionModel, di
     """
     world = World("blur")  # the field is the same under every observation
     torch.manual_seed(seed)
-    unet: Any = make_unet().to(memory_format=torch.channels_last)
+    unet: Any = make_unet()
+    unet.to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(seed)
     learner = Learner(unet, LEARNING_RATE, budget)
 
