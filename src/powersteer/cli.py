@@ -538,6 +538,54 @@ def bench_prepare(
     _write_json(json_file, result.as_json())
 
 
+@measure.command("posterior")
+def bench_posterior(
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="Prior, runs, figures and plot; the same command goes on where it stopped.")
+    ] = Path("posterior"),
+    observation: Annotated[str, typer.Option(help="blur, mask or edges.")] = "edges",
+    pairs: Annotated[
+        list[int] | None, typer.Option(help="Training pairs; may be repeated.", show_default="40 to 20,000")
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="paper, lite, controlnet, controlnet-xs, t2i-adapter; may be repeated.", show_default="most"),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from other pairs.")] = 1,
+    minutes: Annotated[float, typer.Option(help="Of training a run, at most.")] = 5.0,
+    prior_minutes: Annotated[float, typer.Option(help="Of training the prior, at most.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """How near adapters come to the exact posterior of a Gaussian field, against the pairs they learned from."""
+    from powersteer.bench.posterior.bench import METHODS, PAIRS
+    from powersteer.bench.posterior.bench import bench_posterior as run
+
+    result = run(
+        out_dir,
+        observation=observation,
+        pairs=pairs or PAIRS,
+        methods=methods or METHODS,
+        seeds=seeds,
+        minutes=minutes,
+        prior_minutes=prior_minutes,
+        say=lambda line: Console(stderr=True).print(line, highlight=False),
+    )
+    if as_json:
+        out.print_json(json.dumps(result.as_json()))
+        return
+    table = Table("method", "pairs", "overall", *result.bands, title="share of the Bayes gap closed")
+    prior = [-e / gap for e, gap in zip(result.prior_excess_by_band, result.gap_by_band, strict=True)]
+    table.add_row("prior U-Net", "", f"{result.prior_share:.1%}", *(f"{share:.1%}" for share in prior))
+    for row in result.rows:
+        error = f" ± {row.error:.1%}" if row.error is not None else ""
+        bands = (f"{share:.1%}" for share in row.share_by_band)
+        table.add_row(row.method, f"{row.pairs:,}", f"{row.share:.1%}{error}", *bands)
+    out.print(table)
+    out.print("0 % is the exact prior, 100 % the exact posterior; columns are bands of timesteps")
+    for kind in ("json", "png"):
+        out.print(str(out_dir / f"{observation}.{kind}"), highlight=False, soft_wrap=True)
+
+
 def _shape(shape: str) -> Shape:
     if shape not in ("tiny", "sd15", "sdxl"):
         raise PowersteerError(f"--shape must be tiny, sd15 or sdxl, not '{shape}'")
