@@ -1,0 +1,183 @@
+"""`powersteer bench`: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from powersteer.cli.output import out, write_json
+from powersteer.errors import PowersteerError
+
+if TYPE_CHECKING:
+    import torch
+
+    from powersteer.bench.shapes import Shape
+
+app = typer.Typer(help="Measure what the documentation states.", no_args_is_help=True)
+
+
+@app.command("steering")
+def bench_steering(
+    shape: Annotated[str, typer.Option(help="tiny (64 px), sd15 (512 px) or sdxl (1024 px).")] = "sd15",
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns that are counted.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """What a denoising step costs under steering, as a ratio to a bare U-Net's, on random weights."""
+    from powersteer.bench.steering import bench_steering as run
+
+    result = run(_shape(shape), device=_device(device), dtype=_dtype(dtype), rounds=rounds)
+    table = Table("one step, guidance batch of 2", "ratio", "seconds", "parameters", "extra peak memory", "plan a step")
+    for row in result.rows:
+        plan = f"{row.plan_bytes / 1e6:.0f} MB" if row.plan_bytes else ""
+        table.add_row(
+            row.name,
+            f"{row.ratio:.3f}",
+            f"{row.seconds:.3f}",
+            f"{row.parameters / 1e6:.1f} M",
+            f"{row.extra_peak_memory / 1e6:.0f} MB",
+            plan,
+        )
+    out.print(table)
+    out.print(f"{result.shape}, {result.pixels} px, {result.dtype}, median of {result.rounds}; {result.machine}")
+    write_json(json_file, result.as_json())
+
+
+@app.command("train")
+def bench_train(
+    shape: Annotated[str, typer.Option(help="tiny (64 px), sd15 (512 px) or sdxl (1024 px).")] = "sd15",
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32, bfloat16 or float16.")] = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 1,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="In U-Net and network.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns.")] = 3,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """What a training step costs beside ControlNet's and T2I-Adapter's, on random weights; and what the cache saves."""
+    from powersteer.bench.train import bench_train as run
+
+    result = run(
+        _shape(shape),
+        device=_device(device),
+        precision=_dtype(dtype),
+        batch_size=batch_size,
+        gradient_checkpointing=gradient_checkpointing,
+        rounds=rounds,
+    )
+    table = Table(f"training step, batch {batch_size}", "ratio", "seconds", "trained", "peak memory", "estimated")
+    for row in result.rows:
+        estimate = f"{row.estimated_memory / 1e9:.2f} GB" if row.estimated_memory else ""
+        table.add_row(
+            row.name,
+            f"{row.ratio:.3f}",
+            f"{row.seconds:.3f}",
+            f"{row.parameters / 1e6:.1f} M",
+            f"{row.peak_memory / 1e9:.2f} GB",
+            estimate,
+        )
+    out.print(table)
+    out.print(f"{result.shape}, {result.pixels} px, {result.precision}, median of {result.rounds}; {result.machine}")
+    for epochs in result.epochs:
+        out.print(
+            f"an epoch of {epochs.pairs} pairs, files of {epochs.stored} px: {epochs.cached:.2f} s cached, "
+            f"{epochs.uncached:.2f} s not, {epochs.ratio:.2f} times as long"
+        )
+    write_json(json_file, result.as_json())
+
+
+@app.command("prepare")
+def bench_prepare(
+    task: Annotated[str | None, typer.Option(help="Of this task only.")] = None,
+    pictures: Annotated[int, typer.Option(min=8, help="So many for each extractor.")] = 64,
+    side: Annotated[int, typer.Option(min=16, help="Of each picture, pixels.")] = 512,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """How many pictures a second each extractor makes pairs of, with one process and with two."""
+    from powersteer.bench.prepare import bench_prepare as run
+
+    result = run(task, pictures=pictures, side=side)
+    table = Table(f"{side} px", "", "pictures/s, one process", "two", "scaling")
+    for row in result.rows:
+        figures = [f"{row.one:.1f}", f"{row.two:.1f}", f"{row.scaling:.2f}"] if row.reason is None else [row.reason]
+        table.add_row(row.task, row.extractor, *figures)
+    out.print(table)
+    out.print(result.machine)
+    write_json(json_file, result.as_json())
+
+
+@app.command("posterior")
+def bench_posterior(
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="Prior, runs, figures and plot; the same command goes on where it stopped.")
+    ] = Path("posterior"),
+    observation: Annotated[str, typer.Option(help="blur, mask or edges.")] = "edges",
+    pairs: Annotated[
+        list[int] | None, typer.Option(help="Training pairs; may be repeated.", show_default="40 to 20,000")
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="paper, lite, controlnet, controlnet-xs, t2i-adapter; may be repeated.", show_default="most"),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from other pairs.")] = 1,
+    minutes: Annotated[float, typer.Option(help="Of training a run, at most.")] = 5.0,
+    prior_minutes: Annotated[float, typer.Option(help="Of training the prior, at most.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """How near adapters come to the exact posterior of a Gaussian field, against the pairs they learned from."""
+    from powersteer.bench.posterior.bench import METHODS, PAIRS
+    from powersteer.bench.posterior.bench import bench_posterior as run
+
+    result = run(
+        out_dir,
+        observation=observation,
+        pairs=pairs or PAIRS,
+        methods=methods or METHODS,
+        seeds=seeds,
+        minutes=minutes,
+        prior_minutes=prior_minutes,
+        say=lambda line: Console(stderr=True).print(line, highlight=False),
+    )
+    if as_json:
+        out.print_json(json.dumps(result.as_json()))
+        return
+    table = Table("method", "pairs", "overall", *result.bands, title="share of the Bayes gap closed")
+    prior = [-e / gap for e, gap in zip(result.prior_excess_by_band, result.gap_by_band, strict=True)]
+    table.add_row("prior U-Net", "", f"{result.prior_share:.1%}", *(f"{share:.1%}" for share in prior))
+    for row in result.rows:
+        error = f" ± {row.error:.1%}" if row.error is not None else ""
+        bands = (f"{share:.1%}" for share in row.share_by_band)
+        table.add_row(row.method, f"{row.pairs:,}", f"{row.share:.1%}{error}", *bands)
+    out.print(table)
+    out.print("0 % is the exact prior, 100 % the exact posterior; columns are bands of timesteps")
+    for kind in ("json", "png"):
+        out.print(str(out_dir / f"{observation}.{kind}"), highlight=False, soft_wrap=True)
+
+
+def _shape(shape: str) -> Shape:
+    if shape not in ("tiny", "sd15", "sdxl"):
+        raise PowersteerError(f"--shape must be tiny, sd15 or sdxl, not '{shape}'")
+    return shape
+
+
+def _dtype(dtype: str) -> torch.dtype:
+    import torch
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise PowersteerError(f"--dtype must be float32, bfloat16 or float16, not '{dtype}'")
+    return getattr(torch, dtype)
+
+
+def _device(device: str) -> str:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise PowersteerError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
