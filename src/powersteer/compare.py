@@ -24,7 +24,6 @@ from rich.console import Console
 
 from powersteer.adapters import Adapter, attach, load_network
 from powersteer.base import load_base
-from powersteer.bench.shapes import machine
 from powersteer.config import StrictConfig, build_config
 from powersteer.data.encode import EncodedPairs, encode_pairs
 from powersteer.data.openmoji import prepare_openmoji
@@ -32,6 +31,7 @@ from powersteer.data.pairs import Pairs, spread
 from powersteer.errors import PowersteerError
 from powersteer.evaluation.lines import line_f1
 from powersteer.generate import steered_pictures
+from powersteer.hardware import machine
 from powersteer.pictures import from_pil, save_grid
 from powersteer.training.checkpoint import list_checkpoints
 from powersteer.training.config import TrainConfig
@@ -39,7 +39,7 @@ from powersteer.training.dry_run import dry_run
 from powersteer.training.heldout import Gap, HeldOut
 from powersteer.training.monitor import LOG, memory_used
 from powersteer.training.run import train
-from powersteer.training.setup import picture_size
+from powersteer.training.setup import conditioning, picture_size
 
 SPLITS = ("train", "validation", "test")
 PRIOR = "prior.json"
@@ -215,7 +215,8 @@ class _Comparison:
         pipe: Any = load_base(config.pretrained_model_name_or_path)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         size, _ = picture_size(config, pipe.unet.config, pipe.vae_scale_factor)
-        test = Pairs(self.test_dir, size, config.conditioning_channels, kind=config.conditioning_kind)
+        given = conditioning(config)
+        test = Pairs(self.test_dir, size, given.channels, kind=given.kind)
         encoded: EncodedPairs = encode_pairs(pipe, test, config.cache_dir, console=self.console)
         held_out = HeldOut(pipe, encoded)
         return Trial(pipe, None, held_out, held_out.losses(None), spread(len(test), self.experiment.pictures))

@@ -18,8 +18,8 @@ from powersteer.bench.posterior.learning import BATCH, Budget
 from powersteer.bench.posterior.plot import plot
 from powersteer.bench.posterior.prior import frozen_prior, prior_excess
 from powersteer.bench.posterior.world import BANDS, EXPONENT, LENGTH_PIXELS, NOISE, SIDE, World
-from powersteer.bench.shapes import machine
 from powersteer.errors import PowersteerError
+from powersteer.hardware import machine
 
 PAIRS = (40, 200, 1000, 5000, 20_000)
 METHODS = ("paper", "lite", "controlnet", "t2i-adapter")
