@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(config, monkeypatch, writer):
         raise full
 
     if writer == "save_pretrained":
-        monkeypatch.setattr(checkpoint.BPSModel, "save_pretrained", fails)
+        monkeypatch.setattr(BPSModel, "save_pretrained", fails)
     elif writer == "torch.save":
         monkeypatch.setattr(checkpoint.torch, "save", fails)
     else:

@@ -120,9 +120,10 @@ def test_save_and_load_give_the_same_network(tmp_path, model):
     assert json.loads(loaded.to_json_string()) | {"_name_or_path": ""} == json.loads(model.to_json_string()) | {
         "_name_or_path": ""
     }
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     inputs = torch.rand(1, 1, 32, 32), torch.randn(1, 64)
     for a, b in zip(model(*inputs).up, loaded(*inputs).up, strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b)  # a kernel may round otherwise where tensors lie otherwise in memory
 
 
 def test_integration_weights_are_trained_only_on_request(pipe):

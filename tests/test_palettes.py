@@ -62,7 +62,7 @@ def test_a_palette_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "there is no palette '.*mine.json': give ade20k, coco-stuff, or a JSON file"),
+        (None, "there is no palette '.*mine.json': give ade20k, coco-stuff, openmoji, or a JSON file"),
         ("{", "is not JSON"),
         ("[]", "is no palette: it must hold"),
         ('{"sea": [0, 0]}', "'sea' is .* not three whole numbers from 0 to 255"),

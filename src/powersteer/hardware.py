@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import torch.nn.functional as F
 
@@ -55,7 +55,7 @@ def machine(device: str) -> str:
         chip = torch.cuda.get_device_name()
     else:
         chip = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    return f"{chip}; Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+    return f"{chip}; Python {platform.python_version()}, torch {torch.__version__}, diffusers {version('diffusers')}"
 
 
 class _Float32Attention:
