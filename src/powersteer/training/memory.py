@@ -85,7 +85,7 @@ def estimate_memory(
         if device_type != "cpu" and precision != torch.float32:
             _norms_in_float32(unet)
             _norms_in_float32(model)
-    channels, factor = network.get("conditioning_channels", 1), network["pixel_unshuffle"]
+    channels, factor = network.get("conditioning_channels", 1), network.get("pixel_unshuffle", 8)
     height, width = size
     condition = torch.zeros(1).expand(batch_size, channels, factor * height, factor * width)  # one number in memory
 
