@@ -153,7 +153,7 @@ def test_a_mean_and_its_standard_error():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"metrics": ["denoising", "fid"]}, "there is no metric 'fid'; there are: denoising, lines"),
+        ({"metrics": ["denoising", "fid"]}, "there is no metric 'fid'; there are: information, denoising, lines"),
         ({"methods": {"a": {"learning_rate": 1}}}, "a: learning_rate is the experiment's own"),
         ({"train": {"seed": 3}}, "train: seed is the experiment's own"),
         ({"pair": [3]}, "unknown key 'pair'; did you mean 'pairs'?"),

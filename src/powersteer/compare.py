@@ -29,6 +29,7 @@ from powersteer.data.encode import EncodedPairs, encode_pairs
 from powersteer.data.openmoji import prepare_openmoji
 from powersteer.data.pairs import Pairs, spread
 from powersteer.errors import PowersteerError
+from powersteer.evaluation.information import denoiser_errors, measure_information
 from powersteer.evaluation.lines import line_f1
 from powersteer.generate import steered_pictures
 from powersteer.hardware import machine
@@ -38,11 +39,14 @@ from powersteer.training.config import TrainConfig
 from powersteer.training.dry_run import dry_run
 from powersteer.training.heldout import Gap, HeldOut
 from powersteer.training.monitor import LOG, memory_used
+from powersteer.training.objective import noise_schedule
 from powersteer.training.run import train
 from powersteer.training.setup import conditioning, picture_size
 
 SPLITS = ("train", "validation", "test")
 PRIOR = "prior.json"
+INFORMATION_DRAWS = 4
+"""Of log-SNR and noise, for each test pair."""
 _OWN_KEYS = (
     "train_data_dir",
     "validation_data_dir",
@@ -84,7 +88,7 @@ class ExperimentConfig(StrictConfig):
     pairs: tuple[int | Literal["all"], ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     tuning: TuningConfig
-    metrics: tuple[str, ...] = ("denoising", "lines")
+    metrics: tuple[str, ...] = ("information", "denoising", "lines")
     """See `METRICS`."""
     pictures: int = Field(default=40, gt=0)
     """Test pairs that pictures are made for, where a metric wants some."""
@@ -173,6 +177,21 @@ def denoising(trial: Trial) -> dict[str, float]:
     }
 
 
+def information(trial: Trial) -> dict[str, float]:
+    """Nats a latent dimension that the network takes from the condition; see `powersteer.evaluation.information`."""
+    if trial.network is None:
+        return {}
+    pairs = trial.held_out.pairs
+    errors = denoiser_errors(trial.pipe, trial.network, pairs)
+    found = measure_information(errors, noise_schedule(trial.pipe).alphas_cumprod, len(pairs), draws=INFORMATION_DRAWS)
+    return {
+        "nats": found.steered.mean,
+        "nats_error": found.steered.error,
+        "shuffled": found.shuffled.mean,
+        "shuffled_error": found.shuffled.error,
+    }
+
+
 def lines(trial: Trial) -> dict[str, float]:
     """Line fidelity (F1) of pictures made for test sketches."""
     pairs = trial.held_out.pairs.pairs
@@ -180,7 +199,7 @@ def lines(trial: Trial) -> dict[str, float]:
     return {"f1": line_f1(drawings, trial.pictures).mean().item()}
 
 
-METRICS: dict[str, Metric] = {"denoising": denoising, "lines": lines}
+METRICS: dict[str, Metric] = {"information": information, "denoising": denoising, "lines": lines}
 """By the names that an experiment file gives; results hold each one's figures under its name."""
 
 

@@ -99,7 +99,7 @@ def generate(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/sketch.yaml.", show_default=False)],
+    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like.")] = None,
     dry: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained and the memory it takes; load nothing.")

@@ -39,7 +39,7 @@ from powersteer.evaluation.measures import (
 from powersteer.evaluation.paired import spread_map
 from powersteer.generate import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, SCHEDULERS, Scheduler, steered_pictures
 from powersteer.model import BPSModel
-from powersteer.pictures import from_pil, save_grid, to_pil
+from powersteer.pictures import condition_picture, from_pil, save_grid, to_pil
 from powersteer.steering import check_fits
 from powersteer.training.heldout import HeldOut
 from powersteer.training.objective import noise_schedule
@@ -300,10 +300,9 @@ def _diversity(subject: _Subject, settings: EvaluateSettings, console: Console) 
 
 
 def _as_picture(condition: torch.Tensor) -> torch.Tensor:
-    """A condition (C, H, W) in [0, 1] to be looked at, (3, H, W) in [-1, 1]: ink dark on light, else its colours."""
-    if len(condition) == 1:
-        return 1 - 2 * condition.expand(3, -1, -1)
-    return condition[:3].float() * 2 - 1
+    """A condition (C, H, W) in [0, 1] to be looked at, (3, H, W) in [-1, 1]: a drawing is dark on light."""
+    shown = condition_picture(condition, (condition.shape[-2], condition.shape[-1]))
+    return -shown if len(condition) == 1 else shown
 
 
 def _save(folder: Path, pictures: Pictures, conditions: torch.Tensor) -> None:
@@ -319,7 +318,9 @@ def _save(folder: Path, pictures: Pictures, conditions: torch.Tensor) -> None:
             for i in spread(len(conditions), GRID_ROWS)
             for cell in (_as_picture(conditions[i]), *(as_floats(images[i]) for images in pictures.values()))
         ]
-        save_grid(torch.stack(shown), folder / "grid.png", columns=1 + len(pictures), headings=("condition", *pictures))
+        scale = max(1, 128 // shown[0].shape[-1])
+        headings = ("condition", *pictures)
+        save_grid(torch.stack(shown), folder / "grid.png", columns=len(headings), scale=scale, headings=headings)
 
     _write(write, folder)
 
