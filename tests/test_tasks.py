@@ -46,7 +46,7 @@ def test_from_pictures_to_steered_ones(task, tmp_path, monkeypatch, some_drawing
     args += ["weights=uniform"] if task == "layout" else []
     args += ["train_batch_size=4", "max_train_steps=3", "validation_steps=3", "num_validation_images=2"]
     powersteer(monkeypatch, "train", "configs/many-pairs.yaml", *args)
-    powersteer(monkeypatch, "evaluate", pairs, "--adapter", run, "--pictures", 4, "--steps", 2, "--diversity", 0,
+    powersteer(monkeypatch, "evaluate", pairs, "--adapter", run, "--pictures", 4, "--steps", 2, "--diversity", 0, "--draws", 1,
                "--json", tmp_path / "figures.json", "--save-pictures", tmp_path / "pictures")  # fmt: skip
 
     model = load_adapter(str(run))
@@ -54,7 +54,7 @@ def test_from_pictures_to_steered_ones(task, tmp_path, monkeypatch, some_drawing
     assert model.config["conditioning_channels"] == channels and model.config["conditioning"]["kind"] == task
     assert model.config["mid_weight"] == 2 * weight if task != "layout" else weight
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["data"]["pairs"] == 4 and figures["data"]["kind"] == task
+    assert figures["provenance"]["data"]["pairs"] == 4 and figures["provenance"]["data"]["kind"] == task
     assert Image.open(tmp_path / "pictures" / "grid.png").width == 5 * (128 + 2) - 2
 
     condition = next((pairs / "test" / "conditions").iterdir())
