@@ -4,15 +4,21 @@ import json
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conftest import draw_pairs, randomise
 from powersteer import BPSModel, PowersteerError, cli
+from powersteer.adapters import BASELINES, attach, make_adapter
 from powersteer.base import load_base
 from powersteer.conditions.extractor import EXTRACTORS
-from powersteer.evaluation.evaluate import EvaluateSettings, conditioning_of, evaluate, held_out_folder
+from powersteer.data.encode import encode_pairs
+from powersteer.data.pairs import Pairs, spread
+from powersteer.evaluation.evaluate import EvaluateSettings, evaluate, held_out_folder
 from powersteer.evaluation.figures import Evaluation, Figure, Value
+from powersteer.evaluation.information import denoiser_errors, measure_information
 from powersteer.evaluation.measures import (
     MeasureSettings,
     as_bytes,
@@ -21,7 +27,9 @@ from powersteer.evaluation.measures import (
     load_condition_extractor,
     paired,
 )
+from powersteer.generate import steered_pictures
 from powersteer.pictures import to_pil
+from powersteer.training.objective import noise_schedule
 from test_features import clip_dir  # noqa: F401
 
 FAST = {"pictures": 4, "diversity": 1, "diversity_seeds": 2, "num_inference_steps": 2, "draws": 2}
@@ -147,13 +155,36 @@ def test_bad_input_is_one_line(run, monkeypatch, tmp_path, data, base_dir, args,
     assert code == 2 and words in err and err.count("\n") == 1, err
 
 
-def test_held_out_splits_and_what_is_said_of_conditions(tmp_path, data):
+def test_the_held_out_split_is_taken(data):
     assert held_out_folder(data) == data / "test" and held_out_folder(data / "test") == data / "test"
-    assert conditioning_of(data / "test") == conditioning_of(data) == {"kind": "sketch", "channels": 1}
-    assert conditioning_of(tmp_path) == {}
-    (data / "dataset.json").write_text("[1]")
-    with pytest.raises(PowersteerError, match=r"dataset\.json is no description"):
-        conditioning_of(data)
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_baselines_are_evaluated_as_bps_is(run, data, base_dir, tmp_path, kind):
+    pipe = load_base(str(base_dir))
+    record = {"kind": "sketch", "channels": 1}
+    network = make_adapter(pipe.unet, preset=kind, pixel_unshuffle=4, prediction_type="epsilon", conditioning=record)
+    randomise(network).save_pretrained(tmp_path / kind)
+    args = [data, "--adapter", tmp_path / kind, "--base", base_dir, "--pictures", 4, "--steps", 2, "--draws", 2]
+    code, _, err = run(*args, "--diversity", 1, "--json", tmp_path / "out.json", "--save-pictures", tmp_path / "made")
+    assert code == 0, err
+    written = json.loads((tmp_path / "out.json").read_text())
+    pairs = encode_pairs(pipe, Pairs(data / "test", (32, 32)))
+    errors = denoiser_errors(pipe, network, pairs)
+    wanted = measure_information(errors, noise_schedule(pipe).alphas_cumprod, 6, draws=2)
+    found = written["figures"]["information, nats a latent dimension"]["values"]
+    assert found["steered"]["value"] == pytest.approx(wanted.steered.mean, rel=1e-3)
+    assert found["shuffled"]["value"] == pytest.approx(wanted.shuffled.mean, rel=1e-3)
+    # Pictures are those of the network under its own condition.
+    condition = pairs[1, 0].condition[None].float() / 255
+    with attach(pipe.unet, network, condition):
+        (picture,) = steered_pictures(pipe, None, ["a fox"], None, seeds=[1], num_inference_steps=2)
+    chosen = Image.open(tmp_path / "made" / "steered" / "00001.png")
+    assert spread(6, 4)[1] == 1 and np.abs(np.array(chosen).astype(int) - np.array(picture)).max() <= 1
+    prior = Image.open(tmp_path / "made" / "prior" / "00001.png")
+    assert np.abs(np.array(prior).astype(int) - np.array(picture)).max() > 5
+    assert written["provenance"]["adapter"]["network"] == type(network).__name__
+    assert set(written["figures"]["spread over seeds"]["values"]) == {"prior", "steered"}
 
 
 def flat(colour):

@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 import torch
 
+from powersteer.adapters import Adapter
 from powersteer.data.encode import EncodedPairs
 from powersteer.errors import PowersteerError
-from powersteer.model import BPSModel
 from powersteer.training.heldout import Gap, HeldOut
 from powersteer.training.objective import noise_schedule
 
@@ -151,8 +151,8 @@ def measure_information(
     return Information(Gap.of(steered), Gap.of(shuffled), bands, pairs, draws, seed)
 
 
-def denoiser_errors(pipe: Any, model: BPSModel, pairs: EncodedPairs, *, batch_size: int = 64) -> ErrorsOf:
-    """Errors of a base and of a network that steers it, on encoded pairs."""
+def denoiser_errors(pipe: Any, model: Adapter, pairs: EncodedPairs, *, batch_size: int = 64) -> ErrorsOf:
+    """Errors of a base, and of it with a network of any kind attached, on encoded pairs."""
     scheduler = noise_schedule(pipe)
 
     def errors(kind: Kind, timesteps: torch.Tensor, seed: int) -> torch.Tensor:

@@ -52,6 +52,7 @@ class TrainResult:
     control_step: int | None
     """When the condition was first seen to be used."""
     interrupted: bool
+    """Told to stop, be it in the last update."""
     main_process: bool = True
     """Of several, the one that speaks."""
 
