@@ -12,8 +12,10 @@ from PIL import Image, ImageDraw
 
 from conftest import draw_pairs, randomise
 from powersteer import BPSModel, cli
-from powersteer.base import load_base
+from powersteer.base import load_adapter, load_base
 from powersteer.config import load_config
+from powersteer.data.pairs import Pairs
+from powersteer.generate import steered_pictures
 from powersteer.training.config import TrainConfig
 
 
@@ -121,6 +123,34 @@ def test_a_manifest_of_many_goes_on_where_it_stopped(run, tmp_path, base_dir, ad
     one_line(run(*many), "line 2 is not JSON")
     manifest.write_text("")
     one_line(run(*many), "many.jsonl is empty")
+
+
+def test_a_folder_of_pairs_is_steered_as_it_was_trained(run, tmp_path, base_dir, adapter_dir):
+    pairs = draw_pairs(tmp_path / "pairs", 3, size=48)
+    for file in pairs.rglob("*.png"):  # wide ones, whose sides are cropped off; and half of it ink
+        with Image.open(file) as picture:
+            wide = Image.new(picture.mode, (72, 48), 255)
+            wide.paste(picture, (12, 0))
+        wide.save(file)
+    args = ["generate", "--pairs", pairs, "--adapter", adapter_dir, "--base", base_dir, "--steps", 2, "--seed", 7]
+    code, out, err = run(*args, "--batch-size", 2, "--out", tmp_path / "made")
+    assert code == 0, err
+    files = [Path(line) for line in out.splitlines()]
+    assert [file.name for file in files[:3]] == ["00000-seed7.png", "00001-seed8.png", "00002-seed9.png"]
+    pipe, model = load_base(str(base_dir)), load_adapter(str(adapter_dir))
+    for i, (_, condition) in enumerate(Pairs(pairs, (32, 32))[k] for k in range(3)):
+        (wanted,) = steered_pictures(
+            pipe, model, ["a fox"], condition[None].float() / 255, seeds=[7 + i], num_inference_steps=2
+        )
+        assert np.abs(pixels(files[i]) - np.asarray(wanted).astype(int)).max() <= 1
+    with Image.open(files[1]) as picture:
+        assert json.loads(picture.text["powersteer"])["inverted"] == [False]
+    first = files[0].stat().st_mtime_ns
+    files[2].unlink()
+    assert run(*args, "--out", tmp_path / "made")[0] == 0  # goes on where it stopped
+    assert files[2].exists() and files[0].stat().st_mtime_ns == first
+    (pairs / "metadata.jsonl").write_text((pairs / "metadata.jsonl").read_text().replace('"text"', '"words"'))
+    one_line(run(*args, "--out", tmp_path / "made"), "has no caption")
 
 
 def test_schedulers_pictures_to_start_from_masks_and_several_adapters(run, tmp_path, base_dir, adapter_dir, drawing):

@@ -117,6 +117,26 @@ def save_folder(folder, images):
     return folder
 
 
+def test_pairs_stand_for_their_pictures_cropped_as_in_training(run, tmp_path):
+    pairs = draw_pairs(tmp_path / "pairs", 5)
+    for file in pairs.rglob("*.png"):
+        with Image.open(file) as picture:
+            wide = Image.new(picture.mode, (64, 32), "red" if picture.mode == "RGB" else 0)
+            wide.paste(picture, (16, 0))
+        wide.save(file)
+    made = tmp_path / "made"
+    made.mkdir()
+    for i in range(5):
+        with Image.open(pairs / "images" / f"{i}.png") as picture:
+            picture.crop((16, 0, 48, 32)).save(made / f"{i:05d}-seed{i}.png")
+    Image.new("RGB", (200, 200), "blue").save(made / "grid.png")  # what `generate` puts beside them
+    code, _, err = run("--real", pairs, "--generated", made, "--json", tmp_path / "out.json")
+    assert code == 0, err
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["figures"]["FD, clip"]["values"]["generated"]["value"] == pytest.approx(0, abs=1e-6)
+    assert [written["provenance"][kind]["pictures"] for kind in ("real", "generated")] == [5, 5]
+
+
 def test_two_folders(run, tmp_path):
     images = torch.rand(5, 3, 24, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     real = save_folder(tmp_path / "real", images)

@@ -22,7 +22,10 @@ from powersteer.base import EMBEDDED_BASE, load_adapter, load_base
 from powersteer.conditions.files import check_condition, read_condition
 from powersteer.conditions.sketch import open_picture
 from powersteer.config import StrictConfig, build_config
+from powersteer.data.layouts import read_rows
+from powersteer.data.pairs import captioned
 from powersteer.errors import PowersteerError
+from powersteer.hardware import best_device, native_precision
 from powersteer.model import BPSModel
 from powersteer.pictures import condition_picture, from_pil, save_grid
 from powersteer.steering import check_fits, steer
@@ -79,6 +82,8 @@ class GenerateSettings(StrictConfig):
     """Repaint only where this is white."""
     strength: float = Field(default=0.8, gt=0, le=1)
     """How far from ``init_image``: 1 forgets it."""
+    prepared: bool = False
+    """The conditions are those of training pairs: cropped as in training, never inverted or padded."""
 
 
 def read_manifest(path: Path) -> list[PictureJob]:
@@ -121,6 +126,32 @@ def jobs_of(
     ]
 
 
+def jobs_of_pairs(folder: Path, negative_prompt: str = "", seed: int = 0) -> list[PictureJob]:
+    """Each pair's first caption under its own condition, to be made with ``prepared``; seeds count up from ``seed``.
+
+    Args:
+        folder: Pairs in files, in any layout of `powersteer.data.layouts`.
+        negative_prompt: Of all pictures.
+        seed: Of the first.
+
+    Raises:
+        PowersteerError: The folder is malformed, a pair has no caption, or its condition is no file of its own.
+    """
+    jobs: list[PictureJob] = []
+    for i, row in enumerate(read_rows(folder)):
+        file = row.conditioning_image.file
+        if file is None or file.suffix == ".tar":
+            raise PowersteerError(f"{row.conditioning_image} is no file of its own: prepare the pairs without --shards")
+        prompt = captioned(row, None).texts[0]
+        jobs.append(PictureJob(prompt=prompt, condition=(file,), negative_prompt=negative_prompt, seed=seed + i))
+    return jobs
+
+
+def pictures_of(folder: Path) -> list[Path]:
+    """What `generate` has made in a folder, in order, without the grid."""
+    return sorted(folder.glob("[0-9][0-9][0-9][0-9][0-9]-seed*.png"))
+
+
 def generate(
     settings: GenerateSettings, jobs: Sequence[PictureJob], out_dir: Path, *, batch_size: int = 4, resume: bool = False
 ) -> list[Path]:
@@ -153,11 +184,12 @@ def generate(
     pipe, inputs = _pipeline(settings)
     for model in models:
         check_fits(model, pipe)
+        model.to(pipe.device)
     latents = pipe.unet.config.sample_size
 
     @lru_cache(maxsize=64)
     def conditions_of(files: tuple[Path, ...]) -> list[tuple[torch.Tensor, bool]]:
-        return [_condition(file, model, latents) for file, model in zip(files, models, strict=True)]
+        return [_condition(file, model, latents, settings) for file, model in zip(files, models, strict=True)]
 
     steering = {name: _for_each(name, getattr(settings, name), models) for name in ("scale", "start", "end")}
     first = 0 if resume else _next_number(out_dir)
@@ -249,7 +281,9 @@ def steered_pictures(
 
 def _pipeline(settings: GenerateSettings) -> tuple[Any, dict[str, Any]]:
     """The stock pipeline for the settings, and what it takes beyond prompts."""
-    pipe: Any = load_base(settings.base)
+    device = best_device()
+    pipe: Any = load_base(settings.base, torch.float32 if device.type == "cpu" else native_precision(device))
+    pipe.to(device)
     if settings.scheduler is not None:
         pipe.scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler]).from_config(pipe.scheduler.config)
     if settings.init_image is None:
@@ -271,11 +305,12 @@ def _fit(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def _condition(file: Path, model: BPSModel, latents: int) -> tuple[torch.Tensor, bool]:
+def _condition(file: Path, model: BPSModel, latents: int, settings: GenerateSettings) -> tuple[torch.Tensor, bool]:
     """The file as ``model`` reads it (C, H, W), and whether it was inverted; ``latents`` are so many a side."""
     side = latents * model.config["pixel_unshuffle"]
     kind = (model.config["conditioning"] or {}).get("kind")
-    return read_condition(file, model.config["conditioning_channels"], kind, (side, side))
+    channels = model.config["conditioning_channels"]
+    return read_condition(file, channels, kind, (side, side), prepared=settings.prepared)
 
 
 def _for_each(name: str, values: Sequence[float], models: Sequence[BPSModel]) -> list[float]:
@@ -285,8 +320,7 @@ def _for_each(name: str, values: Sequence[float], models: Sequence[BPSModel]) ->
 
 
 def _next_number(out_dir: Path) -> int:
-    numbers = [int(file.name[:5]) for file in out_dir.glob("[0-9][0-9][0-9][0-9][0-9]-seed*.png")]
-    return max(numbers, default=-1) + 1
+    return max((int(file.name[:5]) for file in pictures_of(out_dir)), default=-1) + 1
 
 
 def _is_made(file: Path, record: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from rich.progress import track
 
 from powersteer.adapters import Adapter, attach, channels_of, check_adapter, load_network, record_of
 from powersteer.base import EMBEDDED_BASE, load_base
-from powersteer.data.conditioning import conditioning_of
+from powersteer.data.conditioning import HELD_OUT, conditioning_of
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, spread
 from powersteer.errors import PowersteerError
@@ -45,8 +45,6 @@ from powersteer.pictures import from_pil, save_grid, to_pil
 from powersteer.training.heldout import HeldOut
 from powersteer.training.objective import noise_schedule
 
-SPLITS = ("test", "validation", "val")
-"""Sub-folders that hold what no training saw, the first that is there."""
 FEWEST = 4
 """Pictures."""
 LOSS_DRAWS = 4
@@ -153,8 +151,8 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> Eval
 
 
 def held_out_folder(data: Path) -> Path:
-    """The split of a data set that no training saw; a folder without splits is one."""
-    return next((data / name for name in SPLITS if (data / name).is_dir()), data)
+    """The first split of a data set that no training saw; a folder without splits is one."""
+    return next((data / name for name in HELD_OUT if (data / name).is_dir()), data)
 
 
 def _load(settings: EvaluateSettings) -> _Subject:
