@@ -10,32 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from conftest import draw_pairs, randomise
-from powersteer import BPSModel, cli
+from conftest import draw_pairs
 from powersteer.base import load_adapter, load_base
 from powersteer.config import load_config
 from powersteer.data.pairs import Pairs
 from powersteer.generate import steered_pictures
 from powersteer.training.config import TrainConfig
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["powersteer", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def adapter_dir(tmp_path, base_dir):
-    unet = load_base(str(base_dir)).unet
-    randomise(BPSModel.from_unet(unet, pixel_unshuffle=4, weights="uniform")).save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
 
 
 @pytest.fixture

@@ -3,14 +3,11 @@
 import json
 import re
 import shlex
-import sys
 
 import numpy as np
-import pytest
 import yaml
 from PIL import Image, ImageDraw
 
-from powersteer import cli
 from powersteer.config import load_config
 from powersteer.data.layouts import read_rows
 from powersteer.training.config import TrainConfig
@@ -47,7 +44,7 @@ def commands(rootpath):
     return [shlex.split(line)[1:] for line in block.splitlines()]
 
 
-def test_the_commands_of_the_page(request, tmp_path, monkeypatch, capsys, base_dir, clip_dir):  # noqa: F811
+def test_the_commands_of_the_page(run, request, tmp_path, monkeypatch, base_dir, clip_dir):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(request.config.rootpath / "configs")
     write_coco(tmp_path / "coco")
@@ -66,21 +63,18 @@ def test_the_commands_of_the_page(request, tmp_path, monkeypatch, capsys, base_d
         "evaluate": ["--clip", str(clip_dir)],
     }
 
-    def run(words):
-        monkeypatch.setattr(sys, "argv", ["powersteer", *(w.replace("inception", "clip") for w in words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        printed = capsys.readouterr()
-        assert not stop.value.code, printed.err
-        return printed.out
+    def done(words):
+        code, out, err = run(*(word.replace("inception", "clip") for word in words))
+        assert code == 0, err
+        return out
 
     steps = commands(request.config.rootpath)
     assert [words[0] for words in steps] == ["prepare", "train", "generate", "evaluate"]
     for words in steps:
         if words[0] == "train":
-            plan = json.loads(run([*words, *small["train"], "--dry-run", "--json"]))
+            plan = json.loads(done([*words, *small["train"], "--dry-run", "--json"]))
             assert plan["optimizer_updates"] == 3 and plan["config"]["learning_rate"] == 1e-5
-        run([*words, *small[words[0]]])
+        done([*words, *small[words[0]]])
 
     names = {
         s: [row.image.file.stem for row in read_rows(tmp_path / "pairs/coco17" / s)] for s in ("train", "validation")
@@ -97,7 +91,7 @@ def test_the_commands_of_the_page(request, tmp_path, monkeypatch, capsys, base_d
     assert "KD, clip" in written["figures"] and "2,048" in written["warnings"][0]
     before = made[0].stat().st_mtime_ns
     for words in steps:  # each goes on where it stopped: there is nothing left to do
-        run([*words, *small[words[0]]])
+        done([*words, *small[words[0]]])
     assert made[0].stat().st_mtime_ns == before
 
 

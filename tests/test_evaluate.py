@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from conftest import draw_pairs, randomise
-from powersteer import BPSModel, PowersteerError, cli
+from powersteer import PowersteerError
 from powersteer.adapters import BASELINES, attach, make_adapter
 from powersteer.base import load_base
 from powersteer.conditions.extractor import EXTRACTORS
@@ -37,13 +38,6 @@ PALETTE = {"red": [255, 0, 0], "blue": [0, 0, 255]}
 
 
 @pytest.fixture
-def adapter_dir(tmp_path, base_dir):
-    unet = load_base(str(base_dir)).unet
-    randomise(BPSModel.from_unet(unet, pixel_unshuffle=4, weights="uniform")).save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-@pytest.fixture
 def data(tmp_path):
     draw_pairs(tmp_path / "data" / "train", 4)
     draw_pairs(tmp_path / "data" / "test", 6, seed=1)
@@ -52,15 +46,8 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["powersteer", "evaluate", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return run
+def run(run):
+    return partial(run, "evaluate")
 
 
 def test_the_command_writes_every_figure_with_its_protocol(run, data, base_dir, adapter_dir, clip_dir, tmp_path):  # noqa: F811
@@ -159,8 +146,8 @@ def test_two_folders(run, tmp_path):
     [
         ([], "give DATA, the folder of pairs; or --real and --generated"),
         (["data", "--real", "real", "--generated", "data"], "give DATA, the folder of pairs; or --real"),
-        (["--real", "nowhere", "--generated", "data"], "nowhere is no folder"),
-        (["--real", "empty", "--generated", "data"], "empty has no pictures"),
+        (["--real", "nowhere", "--generated", "data/test/images"], "nowhere is no folder"),
+        (["--real", "empty", "--generated", "data/test/images"], "empty has no pictures"),
         (["data", "--features", "vgg"], "'features.0'"),
         (["data", "--scheduler", "magic"], "'scheduler'"),
         (["data", "--adapter", "none", "--pairs", 3], "need 4 at least: give --pictures 0"),

@@ -162,7 +162,7 @@ def test_errors_of_a_real_base_are_the_held_out_losses(pipe, model, pairs_dir):
 @pytest.mark.parametrize("kind", ["paper", "lite", *BASELINES])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_information_of_every_network_is_what_is_computed_by_hand(pipe, pairs_dir, kind, prediction):
-    pipe.scheduler.register_to_config(prediction_type=prediction)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
     pairs = encode_pairs(pipe, Pairs(pairs_dir, (32, 32), limit=4))
     network = make_adapter(pipe.unet, preset=kind, pixel_unshuffle=4)
     alphas, states = noise_schedule(pipe).alphas_cumprod, pairs.texts(["a fox"])["encoder_hidden_states"]
