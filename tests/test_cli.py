@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from conftest import draw_pairs
+from conftest import draw_pairs, randomise
+from powersteer.adapters import BASELINES, attach, make_adapter
 from powersteer.base import load_adapter, load_base
+from powersteer.conditions.files import read_condition
 from powersteer.config import load_config
 from powersteer.data.pairs import Pairs
 from powersteer.generate import steered_pictures
@@ -103,6 +105,27 @@ def test_a_manifest_of_many_goes_on_where_it_stopped(run, tmp_path, base_dir, ad
     one_line(run(*many), "line 2 is not JSON")
     manifest.write_text("")
     one_line(run(*many), "many.jsonl is empty")
+
+
+@pytest.mark.parametrize("kind", [*BASELINES, "ablation"])
+def test_generate_takes_other_networks_too_one_at_a_time(run, tmp_path, base_dir, adapter_dir, drawing, kind):
+    pipe = load_base(str(base_dir))
+    shape = {"preset": "lite", "ablation": "added-once"} if kind == "ablation" else {"preset": kind}
+    network = randomise(
+        make_adapter(pipe.unet, pixel_unshuffle=4, **shape, conditioning={"kind": "sketch", "channels": 1})
+    )
+    network.save_pretrained(tmp_path / kind)
+    args = ["generate", "--condition", drawing, "--prompt", "a fox", "--base", base_dir, "--steps", 2]
+    code, out, err = run(*args, "--adapter", tmp_path / kind, "--num-images", 2, "--out", tmp_path / "out")
+    assert code == 0, err
+    condition, _ = read_condition(drawing, 1, "sketch", (32, 32))
+    with attach(pipe.unet, network, condition[None]):
+        wanted = steered_pictures(pipe, None, ["a fox"] * 2, None, seeds=[0, 1], num_inference_steps=2)
+    for file, picture in zip(out.splitlines(), wanted, strict=False):
+        assert np.abs(pixels(file) - np.asarray(picture).astype(int)).max() <= 1
+    for more in (["--scale", 0.5], ["--end", 0.5], ["--adapter", adapter_dir, "--condition", drawing]):
+        refused = run(*args, "--adapter", tmp_path / kind, *more, "--out", tmp_path / "none")
+        one_line(refused, f"a {type(network).__name__} steers alone and at full strength")
 
 
 def test_a_folder_of_pairs_is_steered_as_it_was_trained(run, tmp_path, base_dir, adapter_dir):

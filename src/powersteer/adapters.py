@@ -125,6 +125,11 @@ def channels_of(network: Adapter) -> int:
     return (record_of(network).get("conditioning") or {}).get("channels") or condition_channels(network)
 
 
+def factor_of(network: Adapter) -> int:
+    """Pixels of the condition a side of one latent."""
+    return network.config["pixel_unshuffle"] if isinstance(network, BPSModel) else condition_factor(network)
+
+
 def check_adapter(network: Adapter, pipe: Any) -> None:
     """Refuse a network that was made for another base.
 

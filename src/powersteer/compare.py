@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -22,7 +21,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 
-from powersteer.adapters import Adapter, attach, load_network
+from powersteer.adapters import Adapter, load_network
 from powersteer.base import load_base
 from powersteer.config import StrictConfig, build_config
 from powersteer.data.encode import EncodedPairs, encode_pairs
@@ -150,10 +149,8 @@ class Trial:
         for batch in torch.tensor(self.shown).split(20):
             indices = [int(i) for i in batch]
             drawings = torch.stack([pairs[i][1] for i in indices]).float() / 255
-            with nullcontext() if self.network is None else attach(self.pipe.unet, self.network, drawings):
-                prompts = [pairs.texts[i] for i in indices]
-                height, width = drawings.shape[-2:]
-                images = steered_pictures(self.pipe, None, prompts, None, seeds=indices, height=height, width=width)
+            prompts, size = [pairs.texts[i] for i in indices], {"height": drawings.shape[2], "width": drawings.shape[3]}
+            images = steered_pictures(self.pipe, self.network, prompts, drawings, seeds=indices, **size)
             made += [from_pil(image) for image in images]
         return torch.stack(made)
 

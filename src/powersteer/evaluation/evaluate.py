@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 
-from powersteer.adapters import Adapter, attach, channels_of, check_adapter, load_network, record_of
+from powersteer.adapters import Adapter, channels_of, check_adapter, load_network, record_of
 from powersteer.base import EMBEDDED_BASE, load_base
 from powersteer.data.conditioning import HELD_OUT, conditioning_of
 from powersteer.data.encode import encode_pairs
@@ -240,19 +239,15 @@ def _sample(
     seeds: Sequence[int],
     settings: EvaluateSettings,
 ) -> list[torch.Tensor]:
-    attached = nullcontext()
-    if condition is not None and subject.model is not None:
-        attached = attach(subject.pipe.unet, subject.model, condition.expand(len(prompts), -1, -1, -1))
-    with attached:
-        images = steered_pictures(
-            subject.pipe,
-            None,
-            prompts,
-            None,
-            seeds=seeds,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-        )
+    images = steered_pictures(
+        subject.pipe,
+        None if condition is None else subject.model,
+        prompts,
+        condition,
+        seeds=seeds,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+    )
     return [from_pil(image) for image in images]
 
 
