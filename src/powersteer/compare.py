@@ -149,7 +149,8 @@ class Trial:
         for batch in torch.tensor(self.shown).split(20):
             indices = [int(i) for i in batch]
             drawings = torch.stack([pairs[i][1] for i in indices]).float() / 255
-            prompts, size = [pairs.texts[i] for i in indices], {"height": drawings.shape[2], "width": drawings.shape[3]}
+            prompts = [pairs.texts[i] for i in indices]
+            size: dict[str, Any] = {"height": drawings.shape[-2], "width": drawings.shape[-1]}
             images = steered_pictures(self.pipe, self.network, prompts, drawings, seeds=indices, **size)
             made += [from_pil(image) for image in images]
         return torch.stack(made)
@@ -279,10 +280,10 @@ class _Comparison:
                 losses[rate] = min(row["steered"] for row in _log(config) if row["step"] > 0)
             chosen = min(losses, key=lambda rate: losses[rate])
             found = {"kind": "tuning", "method": method, "chosen": chosen, "digest": digest, **tuning.model_dump()}
-            found["losses"] = [losses[rate] for rate in tuning.learning_rates]
+            found |= {"losses": [losses[rate] for rate in tuning.learning_rates]}
             self.write(file, found)
         shutil.rmtree(self.experiment.output_dir / "tuning" / method, ignore_errors=True)  # again, if killed amid it
-        return found["chosen"]
+        return float(found["chosen"])
 
     def measure_prior(self) -> None:
         """The base alone, once."""

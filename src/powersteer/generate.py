@@ -285,7 +285,7 @@ def _steering(
     model: Adapter | Sequence[Adapter] | None,
     condition: Any,
     count: int,
-    strength: dict[str, float | Sequence[float]],
+    strength: dict[str, Any],
 ) -> AbstractContextManager[None]:
     """`steer` for BPS; `attach` for anything else, whose conditions are repeated for ``count`` prompts."""
     models = [] if model is None else [model] if isinstance(model, torch.nn.Module) else list(model)

@@ -273,8 +273,8 @@ def fit(
             monitor.advance(state.step, state.loss, share.batch_size)
             if state.step % config.checkpointing_steps == 0 or interrupted or finished():
                 save()
-    told = torch.tensor([stop.is_set()], device=accelerator.device)  # by now, be it in the last update
-    return state, bool(accelerator.gather(told).any())
+    told: Any = accelerator.gather(torch.tensor([stop.is_set()], device=accelerator.device))  # be it in the last update
+    return state, bool(told.any())
 
 
 def _moved(inputs: dict[str, Any], **to: Any) -> dict[str, Any]:
