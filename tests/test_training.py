@@ -22,8 +22,8 @@ from powersteer.training.heldout import Gap, HeldOut
 from powersteer.training.run import train
 
 STEADY = 1e-5
-"""An ε of AdamW, whose step is g / (|g| + ε), above what rounding does to a gradient. A VAE's convolutions round latents
-by 2e-8, otherwise for 4 pictures than for 16; gradients near the usual ε of 1e-8 would turn that into steps of 1e-5."""
+"""An ε of AdamW, whose step is g / (|g| + ε), above what rounding does to a gradient. Convolutions round latents by
+2e-8, otherwise for 4 pictures than for 16; gradients near the usual ε of 1e-8 would turn that into steps of 1e-5."""
 
 
 def weights(folder):
