@@ -27,6 +27,7 @@ def test_presets_give_way_to_what_is_given(tmp_path):
         save_config(config, tmp_path / "train.yaml")  # the resolved configuration is the same run again
         assert build_config(yaml.safe_load((tmp_path / "train.yaml").read_text()), TrainConfig) == config
     assert build("preset=few-shot", "patience=2").patience == 2
+    assert build("mixed_precision=no").mixed_precision == "no"  # which YAML takes for false
     assert build("preset=paper").learning_rate == 1e-5 and build("preset=paper").num_train_epochs == 16
     assert build("preset=low-memory").train_batch_size * build("preset=low-memory").gradient_accumulation_steps == 16
 

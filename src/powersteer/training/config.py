@@ -192,6 +192,11 @@ class TrainConfig(StrictConfig):
             return PRESETS[values["preset"]] | values
         return values
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        return "no" if value is False else value  # as YAML reads it
+
     @field_validator("resume_from_checkpoint")
     @classmethod
     def _known_checkpoint(cls, value: str | None) -> str | None:
