@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from powersteer import BPSModel
+from powersteer import BPSModel, cli
 from powersteer.training.config import TrainConfig
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -151,3 +152,24 @@ def config(tmp_path, base_dir) -> TrainConfig:
         learning_rate=1e-3,
         num_validation_images=0,
     )
+
+
+@pytest.fixture
+def adapter_dir(tmp_path, base_dir) -> Path:
+    unet = UNet2DConditionModel.from_pretrained(base_dir / "unet")
+    randomise(BPSModel.from_unet(unet, pixel_unshuffle=4, weights="uniform")).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """What a person types → exit status, stdout, stderr."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["powersteer", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run

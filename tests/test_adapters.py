@@ -6,10 +6,11 @@ import pytest
 import torch
 from diffusers import ControlNetModel, ControlNetXSAdapter, UNet2DConditionModel, UNetControlNetXSModel
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.utils import logging
 
 from conftest import build_pipe, randomise
 from powersteer import PowersteerError, load_base
-from powersteer.adapters import BASELINES, attach, load_network, make_adapter
+from powersteer.adapters import BASELINES, attach, channels_of, check_adapter, load_network, make_adapter, record_of
 from powersteer.baselines import conditioning_widths
 
 KINDS = ("paper", "lite", *BASELINES)
@@ -205,12 +206,34 @@ def test_another_base_is_refused(pipe, tmp_path):
     )
     for kind in BASELINES:
         network = make_adapter(pipe.unet, preset=kind, pixel_unshuffle=4)
-        message = "made for a U-Net of widths 16-32; this has 8-16"
+        message = r"made for a U-Net \(widths 16-32, .*\); this is a U-Net \(widths 8-16, .*\): load the base"
         with pytest.raises(PowersteerError, match=message), attach(other, network, torch.rand(1, 1, 32, 32)):
             pass
     other.register_to_config(layers_per_block=3)
     with pytest.raises(PowersteerError, match="U-Nets of 2 ResNets a level; this has 3"):
         make_adapter(other, preset="controlnet-xs", pixel_unshuffle=4)
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_a_baseline_remembers_what_it_was_trained_on(pipe, tmp_path, kind, caplog):
+    record = {"kind": "sketch", "channels": 1}
+    made = make_adapter(pipe.unet, preset=kind, pixel_unshuffle=4, prediction_type="epsilon", conditioning=record)
+    made.save_pretrained(tmp_path)
+    logging.enable_propagation()
+    try:
+        network = load_network(tmp_path)
+    finally:
+        logging.disable_propagation()
+    assert "_powersteer" not in caplog.text  # of which diffusers does not warn
+    assert record_of(network)["conditioning"] == record and channels_of(network) == 1
+    check_adapter(network, pipe)
+    check_adapter(network, pipe.unet)  # whose prediction type is not known
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    with pytest.raises(PowersteerError, match=r"24, epsilon\); this is .* 24, v_prediction\): load the base it was"):
+        check_adapter(network, pipe)
+    nameless = type(network).from_config({k: v for k, v in network.config.items() if k != "_powersteer"})
+    check_adapter(nameless, pipe)
+    assert channels_of(nameless) == (1 if kind == "t2i-adapter" else 3)
 
 
 def test_a_damaged_folder_is_refused(pipe, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from conftest import build_pipe
 from powersteer import BPSModel, PowersteerError
-from powersteer.ablations import AddedOnce, WithoutTime, last_layers
+from powersteer.ablations import ABLATIONS, AddedOnce, ConditionalHalf, WithoutTime, last_layers
 from powersteer.adapters import BASELINES, attach, load_network, make_adapter
 from powersteer.base import load_base
 from powersteer.config import build_config
@@ -60,12 +60,11 @@ def test_dry_run_counts_a_baseline(config, kind):
     assert plan.memory.rows["activations"] > 0 and "residuals" not in plan.facts
 
 
-@pytest.mark.parametrize("ablation", ["no-time", "added-once"])
+@pytest.mark.parametrize("ablation", ABLATIONS)
 def test_an_ablation_trains_and_loads_as_what_it_is(config, ablation):
     config = config.model_copy(update={"ablation": ablation, "max_train_steps": 2, "validation_steps": 2})
     train(config)
-    kind = {"no-time": WithoutTime, "added-once": AddedOnce}[ablation]
-    assert type(load_network(config.output_dir)) is kind
+    assert type(load_network(config.output_dir)) is ABLATIONS[ablation]
     assert rows_of(config)[0]["steered"] == rows_of(config)[0]["prior"]
 
 
@@ -95,6 +94,23 @@ def test_ablations_leave_out_what_they_say(pipe, model):
             lambda _, __, out, r=residual: out + r if isinstance(out, torch.Tensor) else (out[0] + r,)
         )
     torch.testing.assert_close(unet(*inputs).sample, found)
+
+
+@torch.no_grad()
+def test_the_conditional_half_alone_is_steered_and_without_guidance_all_is(pipe, model):
+    half = ConditionalHalf.from_config(model.config)
+    half.load_state_dict(model.state_dict())
+    conditions, timestep = torch.rand(2, 1, 32, 32), torch.tensor(500)
+    sample, text = torch.randn(2, 4, 8, 8), torch.randn(4, 6, 24)
+    prior = pipe.unet(sample, timestep, text[:2]).sample
+    with attach(pipe.unet, model, conditions):
+        steered = pipe.unet(sample, timestep, text[2:]).sample
+    with attach(pipe.unet, half, conditions):
+        guided = pipe.unet(sample.repeat(2, 1, 1, 1), timestep, text).sample
+        alone = pipe.unet(sample, timestep, text[2:]).sample
+    torch.testing.assert_close(guided, torch.cat([prior, steered]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(alone, steered)
+    assert (steered - prior).abs().max() > 1e-2
 
 
 def test_ports_have_rates_in_place_of_weights(config, pipe):

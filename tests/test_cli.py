@@ -11,29 +11,13 @@ import pytest
 from PIL import Image, ImageDraw
 
 from conftest import draw_pairs, randomise
-from powersteer import BPSModel, cli
-from powersteer.base import load_base
+from powersteer.adapters import BASELINES, attach, make_adapter
+from powersteer.base import load_adapter, load_base
+from powersteer.conditions.files import read_condition
 from powersteer.config import load_config
+from powersteer.data.pairs import Pairs
+from powersteer.generate import steered_pictures
 from powersteer.training.config import TrainConfig
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["powersteer", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def adapter_dir(tmp_path, base_dir):
-    unet = load_base(str(base_dir)).unet
-    randomise(BPSModel.from_unet(unet, pixel_unshuffle=4, weights="uniform")).save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
 
 
 @pytest.fixture
@@ -121,6 +105,55 @@ def test_a_manifest_of_many_goes_on_where_it_stopped(run, tmp_path, base_dir, ad
     one_line(run(*many), "line 2 is not JSON")
     manifest.write_text("")
     one_line(run(*many), "many.jsonl is empty")
+
+
+@pytest.mark.parametrize("kind", [*BASELINES, "ablation"])
+def test_generate_takes_other_networks_too_one_at_a_time(run, tmp_path, base_dir, adapter_dir, drawing, kind):
+    pipe = load_base(str(base_dir))
+    shape = {"preset": "lite", "ablation": "added-once"} if kind == "ablation" else {"preset": kind}
+    network = randomise(
+        make_adapter(pipe.unet, pixel_unshuffle=4, **shape, conditioning={"kind": "sketch", "channels": 1})
+    )
+    network.save_pretrained(tmp_path / kind)
+    args = ["generate", "--condition", drawing, "--prompt", "a fox", "--base", base_dir, "--steps", 2]
+    code, out, err = run(*args, "--adapter", tmp_path / kind, "--num-images", 2, "--out", tmp_path / "out")
+    assert code == 0, err
+    condition, _ = read_condition(drawing, 1, "sketch", (32, 32))
+    with attach(pipe.unet, network, condition[None]):
+        wanted = steered_pictures(pipe, None, ["a fox"] * 2, None, seeds=[0, 1], num_inference_steps=2)
+    for file, picture in zip(out.splitlines(), wanted, strict=False):
+        assert np.abs(pixels(file) - np.asarray(picture).astype(int)).max() <= 1
+    for more in (["--scale", 0.5], ["--end", 0.5], ["--adapter", adapter_dir, "--condition", drawing]):
+        refused = run(*args, "--adapter", tmp_path / kind, *more, "--out", tmp_path / "none")
+        one_line(refused, f"a {type(network).__name__} steers alone and at full strength")
+
+
+def test_a_folder_of_pairs_is_steered_as_it_was_trained(run, tmp_path, base_dir, adapter_dir):
+    pairs = draw_pairs(tmp_path / "pairs", 3, size=48)
+    for file in pairs.rglob("*.png"):  # wide ones, whose sides are cropped off; and half of it ink
+        with Image.open(file) as picture:
+            wide = Image.new(picture.mode, (72, 48), 255)
+            wide.paste(picture, (12, 0))
+        wide.save(file)
+    args = ["generate", "--pairs", pairs, "--adapter", adapter_dir, "--base", base_dir, "--steps", 2, "--seed", 7]
+    code, out, err = run(*args, "--batch-size", 2, "--out", tmp_path / "made")
+    assert code == 0, err
+    files = [Path(line) for line in out.splitlines()]
+    assert [file.name for file in files[:3]] == ["00000-seed7.png", "00001-seed8.png", "00002-seed9.png"]
+    pipe, model = load_base(str(base_dir)), load_adapter(str(adapter_dir))
+    for i, (_, condition) in enumerate(Pairs(pairs, (32, 32))[k] for k in range(3)):
+        (wanted,) = steered_pictures(
+            pipe, model, ["a fox"], condition[None].float() / 255, seeds=[7 + i], num_inference_steps=2
+        )
+        assert np.abs(pixels(files[i]) - np.asarray(wanted).astype(int)).max() <= 1
+    with Image.open(files[1]) as picture:
+        assert json.loads(picture.text["powersteer"])["inverted"] == [False]
+    first = files[0].stat().st_mtime_ns
+    files[2].unlink()
+    assert run(*args, "--out", tmp_path / "made")[0] == 0  # goes on where it stopped
+    assert files[2].exists() and files[0].stat().st_mtime_ns == first
+    (pairs / "metadata.jsonl").write_text((pairs / "metadata.jsonl").read_text().replace('"text"', '"words"'))
+    one_line(run(*args, "--out", tmp_path / "made"), "has no caption")
 
 
 def test_schedulers_pictures_to_start_from_masks_and_several_adapters(run, tmp_path, base_dir, adapter_dir, drawing):

@@ -1,6 +1,8 @@
 """An experiment from its file to its report: what is done once, measured alike, and told from the JSON alone."""
 
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -16,7 +18,11 @@ from powersteer.compare_report import Figure, Results, write_report
 from powersteer.config import build_config, load_config
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs
+from powersteer.evaluation.features import weights_sha256
+from powersteer.evaluation.information import denoiser_errors, measure_information
+from powersteer.training import loop
 from powersteer.training.heldout import HeldOut
+from powersteer.training.objective import noise_schedule
 
 
 def values_of(folder, base_dir):
@@ -77,6 +83,11 @@ def test_every_run_has_its_figures_and_where_they_come_from(done):
     assert held_out.losses(network).mean().item() == pytest.approx(found["loss"], rel=1e-5)
     assert found["reduction"] == pytest.approx(1 - found["loss"] / prior) and 0 <= run["test"]["lines"]["f1"] <= 1
     assert found["gain"] == pytest.approx(prior - found["loss"], abs=1e-6)
+    assert run["base"]["unet"] == weights_sha256(pipe.unet) and len(run["base"]["vae"]) == 64
+    alphas = noise_schedule(pipe).alphas_cumprod
+    wanted = measure_information(denoiser_errors(pipe, network, test), alphas, 6, draws=compare.INFORMATION_DRAWS)
+    assert run["test"]["information"]["nats"] == pytest.approx(wanted.steered.mean, rel=1e-4)
+    assert result(done, "prior")["test"]["information"] == {"nats": 0}
 
 
 def test_the_sweep_is_on_the_validation_split_and_recorded(done):
@@ -103,9 +114,7 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(done, mon
 
 
 def test_an_interrupted_run_is_gone_on_with(done, monkeypatch, tmp_path):
-    places = {"results_dir": tmp_path / "results", "output_dir": tmp_path / "runs", "grid_rows": 0}
-    one = {"methods": {"lite": done.methods["lite"]}, "seeds": (0,), "metrics": ("denoising",)}
-    other = done.model_copy(update=places | one)
+    other = smaller(done, tmp_path).model_copy(update={"grid_rows": 0})
     real, calls = compare.train, []
 
     def interrupted_at_the_third(config):
@@ -120,6 +129,68 @@ def test_an_interrupted_run_is_gone_on_with(done, monkeypatch, tmp_path):
     assert calls[3] == calls[2] and len(calls) == 4  # the same folder again, whose checkpoints it goes on from
     wanted, found = result(done, "run-lite-8-0"), result(other, "run-lite-8-0")
     assert wanted["test"]["denoising"] == found["test"]["denoising"] and wanted["weights"] == found["weights"]
+
+
+def smaller(done, folder):
+    """One method, one seed, elsewhere."""
+    places = {"results_dir": folder / "results", "output_dir": folder / "runs"}
+    one = {"methods": {"lite": done.methods["lite"]}, "seeds": (0,), "metrics": ("denoising",)}
+    return done.model_copy(update=places | one)
+
+
+def test_a_signal_in_the_last_update_of_a_run_stops_the_experiment(done, monkeypatch, tmp_path):
+    other = smaller(done, tmp_path)
+    real, calls = loop.denoising_target, []
+
+    def interrupting(*args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)  # in the third, last update of the sweep's first run
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "denoising_target", interrupting)
+    assert compare.compare(other) and sum(calls) == 3
+    assert not other.results_dir.exists() and not (other.output_dir / "tuning" / "lite" / "0.003").exists()
+    assert not compare.compare(other) and sum(calls) == 3 * 3  # the first run is not done again
+    for name in ("tuning-lite", "run-lite-8-0"):
+        timeless = [{k: v for k, v in result(one, name).items() if k in ("losses", "weights")} for one in (done, other)]
+        assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("moment", ["an update", "a result's writing", "the removal of checkpoints", "the grid"])
+def test_a_kill_loses_nothing_but_what_was_under_way(done, monkeypatch, tmp_path, moment):
+    other = smaller(done, tmp_path)
+    module, name = {
+        "an update": (loop, "min_snr_weights"),
+        "a result's writing": (compare.Path, "replace"),
+        "the removal of checkpoints": (compare.shutil, "rmtree"),
+        "the grid": (compare, "save_grid"),
+    }[moment]
+    if moment == "an update":
+        other = other.model_copy(update={"train": {**other.train, "snr_gamma": 5.0, "checkpointing_steps": 1}})
+        done = other.model_copy(update={"results_dir": tmp_path / "whole", "output_dir": tmp_path / "whole-runs"})
+        assert not compare.compare(done)
+    real, kills, trained = getattr(module, name), [], []
+    ours = {"a result's writing": "run-lite-8-0.partial", "the removal of checkpoints": "checkpoint-3"}.get(moment)
+
+    def killed(*args, **kwargs):
+        kills.append(ours is None or (ours == getattr(args[0], "name", None) and "tuning" not in str(args[0])))
+        if sum(kills) == (8 if moment == "an update" else 1):
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, killed)
+    with pytest.raises(KeyboardInterrupt):
+        compare.compare(other)
+    monkeypatch.setattr(module, name, real)
+    real_train = compare.train
+    monkeypatch.setattr(compare, "train", lambda config: trained.append(config.output_dir.name) or real_train(config))
+    assert not compare.compare(other)
+    unfinished = moment in ("an update", "a result's writing")
+    assert trained == ["lite-8-0"] * unfinished  # the sweep is kept, and so is a run whose result is there
+    assert result(other, "run-lite-8-0")["weights"] == result(done, "run-lite-8-0")["weights"]
+    assert result(other, "run-lite-8-0")["test"]["denoising"] == result(done, "run-lite-8-0")["test"]["denoising"]
+    assert not list(other.output_dir.rglob("checkpoint-*")) and (other.results_dir / "grid-8.png").exists()
 
 
 def test_methods_see_the_same_pairs_side_by_side(done):

@@ -3,16 +3,23 @@
 import json
 import sys
 import types
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conftest import draw_pairs, randomise
-from powersteer import BPSModel, PowersteerError, cli
+from powersteer import PowersteerError
+from powersteer.adapters import BASELINES, attach, make_adapter
 from powersteer.base import load_base
 from powersteer.conditions.extractor import EXTRACTORS
-from powersteer.evaluation.evaluate import EvaluateSettings, conditioning_of, evaluate, held_out_folder
+from powersteer.data.encode import encode_pairs
+from powersteer.data.pairs import Pairs, spread
+from powersteer.evaluation.evaluate import EvaluateSettings, evaluate, held_out_folder
 from powersteer.evaluation.figures import Evaluation, Figure, Value
+from powersteer.evaluation.information import denoiser_errors, measure_information
 from powersteer.evaluation.measures import (
     MeasureSettings,
     as_bytes,
@@ -21,18 +28,13 @@ from powersteer.evaluation.measures import (
     load_condition_extractor,
     paired,
 )
+from powersteer.generate import steered_pictures
 from powersteer.pictures import to_pil
+from powersteer.training.objective import noise_schedule
 from test_features import clip_dir  # noqa: F401
 
 FAST = {"pictures": 4, "diversity": 1, "diversity_seeds": 2, "num_inference_steps": 2, "draws": 2}
 PALETTE = {"red": [255, 0, 0], "blue": [0, 0, 255]}
-
-
-@pytest.fixture
-def adapter_dir(tmp_path, base_dir):
-    unet = load_base(str(base_dir)).unet
-    randomise(BPSModel.from_unet(unet, pixel_unshuffle=4, weights="uniform")).save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
 
 
 @pytest.fixture
@@ -44,15 +46,8 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["powersteer", "evaluate", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return run
+def run(run):
+    return partial(run, "evaluate")
 
 
 def test_the_command_writes_every_figure_with_its_protocol(run, data, base_dir, adapter_dir, clip_dir, tmp_path):  # noqa: F811
@@ -109,6 +104,26 @@ def save_folder(folder, images):
     return folder
 
 
+def test_pairs_stand_for_their_pictures_cropped_as_in_training(run, tmp_path):
+    pairs = draw_pairs(tmp_path / "pairs", 5)
+    for file in pairs.rglob("*.png"):
+        with Image.open(file) as picture:
+            wide = Image.new(picture.mode, (64, 32), "red" if picture.mode == "RGB" else 0)
+            wide.paste(picture, (16, 0))
+        wide.save(file)
+    made = tmp_path / "made"
+    made.mkdir()
+    for i in range(5):
+        with Image.open(pairs / "images" / f"{i}.png") as picture:
+            picture.crop((16, 0, 48, 32)).save(made / f"{i:05d}-seed{i}.png")
+    Image.new("RGB", (200, 200), "blue").save(made / "grid.png")  # what `generate` puts beside them
+    code, _, err = run("--real", pairs, "--generated", made, "--json", tmp_path / "out.json")
+    assert code == 0, err
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["figures"]["FD, clip"]["values"]["generated"]["value"] == pytest.approx(0, abs=1e-6)
+    assert [written["provenance"][kind]["pictures"] for kind in ("real", "generated")] == [5, 5]
+
+
 def test_two_folders(run, tmp_path):
     images = torch.rand(5, 3, 24, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     real = save_folder(tmp_path / "real", images)
@@ -131,8 +146,8 @@ def test_two_folders(run, tmp_path):
     [
         ([], "give DATA, the folder of pairs; or --real and --generated"),
         (["data", "--real", "real", "--generated", "data"], "give DATA, the folder of pairs; or --real"),
-        (["--real", "nowhere", "--generated", "data"], "nowhere is no folder"),
-        (["--real", "empty", "--generated", "data"], "empty has no pictures"),
+        (["--real", "nowhere", "--generated", "data/test/images"], "nowhere is no folder"),
+        (["--real", "empty", "--generated", "data/test/images"], "empty has no pictures"),
         (["data", "--features", "vgg"], "'features.0'"),
         (["data", "--scheduler", "magic"], "'scheduler'"),
         (["data", "--adapter", "none", "--pairs", 3], "need 4 at least: give --pictures 0"),
@@ -147,13 +162,36 @@ def test_bad_input_is_one_line(run, monkeypatch, tmp_path, data, base_dir, args,
     assert code == 2 and words in err and err.count("\n") == 1, err
 
 
-def test_held_out_splits_and_what_is_said_of_conditions(tmp_path, data):
+def test_the_held_out_split_is_taken(data):
     assert held_out_folder(data) == data / "test" and held_out_folder(data / "test") == data / "test"
-    assert conditioning_of(data / "test") == conditioning_of(data) == {"kind": "sketch", "channels": 1}
-    assert conditioning_of(tmp_path) == {}
-    (data / "dataset.json").write_text("[1]")
-    with pytest.raises(PowersteerError, match=r"dataset\.json is no description"):
-        conditioning_of(data)
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_baselines_are_evaluated_as_bps_is(run, data, base_dir, tmp_path, kind):
+    pipe = load_base(str(base_dir))
+    record = {"kind": "sketch", "channels": 1}
+    network = make_adapter(pipe.unet, preset=kind, pixel_unshuffle=4, prediction_type="epsilon", conditioning=record)
+    randomise(network).save_pretrained(tmp_path / kind)
+    args = [data, "--adapter", tmp_path / kind, "--base", base_dir, "--pictures", 4, "--steps", 2, "--draws", 2]
+    code, _, err = run(*args, "--diversity", 1, "--json", tmp_path / "out.json", "--save-pictures", tmp_path / "made")
+    assert code == 0, err
+    written = json.loads((tmp_path / "out.json").read_text())
+    pairs = encode_pairs(pipe, Pairs(data / "test", (32, 32)))
+    errors = denoiser_errors(pipe, network, pairs)
+    wanted = measure_information(errors, noise_schedule(pipe).alphas_cumprod, 6, draws=2)
+    found = written["figures"]["information, nats a latent dimension"]["values"]
+    assert found["steered"]["value"] == pytest.approx(wanted.steered.mean, rel=1e-3)
+    assert found["shuffled"]["value"] == pytest.approx(wanted.shuffled.mean, rel=1e-3)
+    # Pictures are those of the network under its own condition.
+    condition = pairs[1, 0].condition[None].float() / 255
+    with attach(pipe.unet, network, condition):
+        (picture,) = steered_pictures(pipe, None, ["a fox"], None, seeds=[1], num_inference_steps=2)
+    chosen = Image.open(tmp_path / "made" / "steered" / "00001.png")
+    assert spread(6, 4)[1] == 1 and np.abs(np.array(chosen).astype(int) - np.array(picture)).max() <= 1
+    prior = Image.open(tmp_path / "made" / "prior" / "00001.png")
+    assert np.abs(np.array(prior).astype(int) - np.array(picture)).max() > 5
+    assert written["provenance"]["adapter"]["network"] == type(network).__name__
+    assert set(written["figures"]["spread over seeds"]["values"]) == {"prior", "steered"}
 
 
 def flat(colour):

@@ -1,14 +1,19 @@
 """The information figure, against Gaussians, where everything is known."""
 
+import itertools
+from contextlib import nullcontext
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from conftest import randomise
 from powersteer import PowersteerError
+from powersteer.adapters import BASELINES, attach, make_adapter
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs
 from powersteer.evaluation.information import LogSnr, denoiser_errors, measure_information, noise_error_of_loss
-from powersteer.training.heldout import HeldOut
+from powersteer.training.heldout import Gap, HeldOut
 from powersteer.training.objective import denoising_target, noise_schedule
 
 D = 6
@@ -151,6 +156,41 @@ def test_errors_of_a_real_base_are_the_held_out_losses(pipe, model, pairs_dir):
     assert found.steered.error > 0 and found.steered.mean != found.shuffled.mean
     assert found == measure_information(errors, noise_schedule(pipe).alphas_cumprod, 12, draws=2)
     assert found.as_json()["steered"] == {"mean": found.steered.mean, "error": found.steered.error}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["paper", "lite", *BASELINES])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_information_of_every_network_is_what_is_computed_by_hand(pipe, pairs_dir, kind, prediction):
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
+    pairs = encode_pairs(pipe, Pairs(pairs_dir, (32, 32), limit=4))
+    network = make_adapter(pipe.unet, preset=kind, pixel_unshuffle=4)
+    alphas, states = noise_schedule(pipe).alphas_cumprod, pairs.texts(["a fox"])["encoder_hidden_states"]
+    untrained = measure_information(denoiser_errors(pipe, network, pairs), alphas, 4, draws=2)
+    assert untrained.steered == untrained.shuffled == Gap(0.0, 0.0)
+
+    def by_hand(which, timesteps, seed):
+        """One draw at a time, by the definition of ε̂."""
+        errors = torch.zeros(timesteps.shape)
+        noise = HeldOut(pipe, pairs, draws=len(timesteps), seed=seed).noise
+        for (draw, place), t in zip(itertools.product(*map(range, timesteps.shape)), timesteps.flatten(), strict=True):
+            x = pairs.latents([pairs[place, 0]])
+            epsilon, alpha = noise(draw, place, tuple(x.shape[1:]))[None], alphas[t]
+            z = alpha.sqrt() * x + (1 - alpha).sqrt() * epsilon
+            whose = (place + 2) % 4 if which == "shuffled" else place  # half the folder away
+            condition = pairs[whose, 0].condition[None].float() / 255
+            with nullcontext() if which == "prior" else attach(pipe.unet, network, condition):
+                guess = pipe.unet(z, t, states).sample
+            if prediction == "v_prediction":
+                guess = (1 - alpha).sqrt() * z + alpha.sqrt() * guess
+            errors[draw, place] = (guess - epsilon).square().mean()
+        return errors
+
+    randomise(network)
+    found = measure_information(denoiser_errors(pipe, network, pairs), alphas, 4, draws=2)
+    wanted = measure_information(by_hand, alphas, 4, draws=2)
+    assert found.steered.mean == pytest.approx(wanted.steered.mean, rel=1e-3) and abs(wanted.steered.mean) > 1e-3
+    assert found.shuffled.mean == pytest.approx(wanted.shuffled.mean, rel=1e-3)
 
 
 def test_too_few_pairs_are_refused():

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from powersteer import cli
 from powersteer.bench import prepare as bench
 from powersteer.conditions.extractor import EXTRACTORS
 from powersteer.data import ledger
@@ -425,27 +424,15 @@ def test_processes_share_the_work_and_a_death_is_told():
 # -- the command line
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def command(*args):
-        monkeypatch.setattr(sys, "argv", ["powersteer", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return command
-
-
-def test_prepare_from_the_command_line(command, tmp_path):
+def test_prepare_from_the_command_line(run, tmp_path):
     source = pictures(tmp_path / "source", 2)
     (source / "bad.png").write_bytes(b"")
     given = ("prepare", "sketch", source, tmp_path / "out", "--extractor", "test-edges", "--workers", 1)
-    code, out, _ = command(*given)
+    code, out, _ = run(*given)
     assert code == 0 and "2 pairs" in out and "1 refused: see rejected.csv" in out
-    code, out, _ = command(*given, "--json")
+    code, out, _ = run(*given, "--json")
     assert code == 0 and json.loads(out)["pairs"] == {"train": 2}
-    code, out, _ = command("prepare", "--list")
+    code, out, _ = run("prepare", "--list")
     assert code == 0 and "line art in the source" in out and "segmentation" in out
 
 
@@ -462,18 +449,18 @@ def test_prepare_from_the_command_line(command, tmp_path):
         (("sketch", "SOURCE", "OUT", "--captions", "none"), "'captions': Input should be"),
     ],
 )
-def test_wrong_commands_change_nothing(command, tmp_path, args, words):
+def test_wrong_commands_change_nothing(run, tmp_path, args, words):
     pictures(tmp_path / "SOURCE", 1)
     paths = {name: tmp_path / name for name in ("SOURCE", "OUT", "NONE")}
-    code, _, err = command("prepare", *(paths.get(one, one) for one in args))
+    code, _, err = run("prepare", *(paths.get(one, one) for one in args))
     assert code == 2 and words in err and "Traceback" not in err
     assert not (tmp_path / "OUT").exists()
 
 
-def test_bench_of_an_extractor(command, tmp_path, monkeypatch):
+def test_bench_of_an_extractor(run, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "in_processes", lambda build, jobs, processes: map(build(), jobs))
     file = tmp_path / "bench.json"
-    code, out, _ = command("bench", "prepare", "--task", "layout", "--pictures", 8, "--side", 32, "--json", file)
+    code, out, _ = run("bench", "prepare", "--task", "layout", "--pictures", 8, "--side", 32, "--json", file)
     (row,) = json.loads(file.read_text())["rows"]
     assert code == 0 and "boxes" in out and row["one"] > 0 and row["scaling"] == pytest.approx(row["two"] / row["one"])
     with pytest.raises(PowersteerError, match="there is no task 'painting'"):

@@ -27,6 +27,7 @@ def test_presets_give_way_to_what_is_given(tmp_path):
         save_config(config, tmp_path / "train.yaml")  # the resolved configuration is the same run again
         assert build_config(yaml.safe_load((tmp_path / "train.yaml").read_text()), TrainConfig) == config
     assert build("preset=few-shot", "patience=2").patience == 2
+    assert build("mixed_precision=no").mixed_precision == "no"  # which YAML takes for false
     assert build("preset=paper").learning_rate == 1e-5 and build("preset=paper").num_train_epochs == 16
     assert build("preset=low-memory").train_batch_size * build("preset=low-memory").gradient_accumulation_steps == 16
 
@@ -93,6 +94,23 @@ def test_wrong_weights_and_too_few_pairs_are_said(config, tmp_path):
         train(config.model_copy(update={"use_8bit_adam": True}))
     with pytest.raises(PowersteerError, match="report_to=wandb needs wandb: pip install wandb"):
         train(config.model_copy(update={"report_to": "wandb"}))
+
+
+@pytest.mark.parametrize("name", ["validation", "test", "val"])
+def test_what_is_held_out_is_not_trained_on(config, tmp_path, monkeypatch, name):
+    held_out = draw_pairs(tmp_path / "data" / name, 8)
+    assert train(config.model_copy(update={"train_data_dir": str(held_out), "max_train_steps": 1})).step == 1
+    (tmp_path / "data" / "dataset.json").write_text("{}")  # now it is the split of a data set
+    monkeypatch.chdir(held_out)
+    for given in (str(held_out), f"{held_out}/", ".", f"{held_out}/{{000..009}}.tar"):
+        other = config.model_copy(update={"train_data_dir": given, "output_dir": tmp_path / "other"})
+        for refused in (train, dry_run):
+            with pytest.raises(PowersteerError, match=r"train_data_dir=.* is held out of .*: train on .*data/train"):
+                refused(other)
+    assert not (tmp_path / "other").exists()
+    same = {"train_data_dir": str(config.validation_data_dir)}
+    with pytest.raises(PowersteerError, match=r"train_data_dir and validation_data_dir are both .*validation: hold"):
+        train(config.model_copy(update=same))
 
 
 def test_out_of_memory_says_what_to_change(config, monkeypatch):

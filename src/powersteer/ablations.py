@@ -24,7 +24,18 @@ class AddedOnce(BPSModel):
     """BPS whose residuals are added once a U-Net layer, not after ResNet and transformer both; see `last_layers`."""
 
 
-ABLATIONS: dict[str, type[BPSModel]] = {"no-time": WithoutTime, "added-once": AddedOnce}
+class ConditionalHalf(BPSModel):
+    """BPS that steers only the text-conditional half of classifier-free guidance: ε(∅) + w·(ε(text, c) − ε(∅)).
+
+    It trains as BPS does, to the same weights; only pictures differ. Guidance then amplifies the steering, too.
+    """
+
+
+ABLATIONS: dict[str, type[BPSModel]] = {
+    "no-time": WithoutTime,
+    "added-once": AddedOnce,
+    "conditional-half": ConditionalHalf,
+}
 
 
 def last_layers(unet: Any) -> Iterator[tuple[int, nn.Module]]:

@@ -7,7 +7,7 @@ with attach(unet, network, condition):
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel, ControlNetXSAdapter, UNet2DConditionModel
 
-from powersteer.ablations import ABLATIONS, AddedOnce, last_layers
+from powersteer.ablations import ABLATIONS, AddedOnce, ConditionalHalf, last_layers
 from powersteer.base import load_adapter
 from powersteer.baselines import (
     Baseline,
@@ -30,6 +30,7 @@ from powersteer.baselines import (
 )
 from powersteer.conditions import to_condition
 from powersteer.errors import PowersteerError
+from powersteer.fingerprint import describe, differences, fingerprint
 from powersteer.model import BPSModel
 from powersteer.steering import check_fits, steer
 
@@ -39,6 +40,8 @@ Adapter = BPSModel | Baseline
 BASELINES = ("controlnet", "controlnet-xs", "t2i-adapter")
 """Names of the baselines; ``paper`` and ``lite`` are BPS."""
 
+_RECORD = "_powersteer"
+"""Key of a baseline's config; diffusers' own classes keep what begins so, and say nothing of it."""
 _CLASSES: dict[str, type[Adapter]] = {
     "ControlNetModel": ControlNetModel,
     "ControlNetXSAdapter": ControlNetXSAdapter,
@@ -53,6 +56,8 @@ def make_adapter(
     preset: str = "paper",
     conditioning_channels: int = 1,
     pixel_unshuffle: int = 8,
+    prediction_type: str | None = None,
+    conditioning: Mapping[str, Any] | None = None,
     ablation: str | None = None,
     **bps: Any,
 ) -> Adapter:
@@ -63,6 +68,8 @@ def make_adapter(
         preset: ``paper``, ``lite``, ``controlnet``, ``controlnet-xs`` or ``t2i-adapter``.
         conditioning_channels: Channels of the condition.
         pixel_unshuffle: The VAE's scale factor.
+        prediction_type: The scheduler's, recorded with the base.
+        conditioning: What the condition is; recorded, too.
         ablation: BPS without something; see `powersteer.ablations`.
         **bps: Further arguments of `BPSModel.from_unet`, which the baselines have no use for.
 
@@ -70,15 +77,22 @@ def make_adapter(
         ValueError: ``preset`` or ``weights`` is unknown.
         PowersteerError: The baseline knows no such U-Net.
     """
-    if preset == "controlnet":
-        return make_controlnet(unet, pixel_unshuffle)
-    if preset == "controlnet-xs":
-        return make_controlnet_xs(unet, pixel_unshuffle)
-    if preset == "t2i-adapter":
-        return make_t2i_adapter(unet, pixel_unshuffle, conditioning_channels)
-    shape: Any = {"preset": preset, "pixel_unshuffle": pixel_unshuffle, **bps}
+    if preset in BASELINES:
+        network = _make_baseline(unet, preset, pixel_unshuffle, conditioning_channels)
+        known = {"base": fingerprint(unet, prediction_type), "conditioning": conditioning}
+        network.register_to_config(**{_RECORD: known})
+        return network
+    shape: Any = {"preset": preset, "pixel_unshuffle": pixel_unshuffle, "prediction_type": prediction_type, **bps}
     kind = BPSModel if ablation is None else ABLATIONS[ablation]
-    return kind.from_unet(unet, conditioning_channels=conditioning_channels, **shape)
+    return kind.from_unet(unet, conditioning_channels=conditioning_channels, conditioning=conditioning, **shape)
+
+
+def _make_baseline(unet: Any, name: str, factor: int, channels: int) -> Baseline:
+    if name == "controlnet":
+        return make_controlnet(unet, factor)
+    if name == "controlnet-xs":
+        return make_controlnet_xs(unet, factor)
+    return make_t2i_adapter(unet, factor, channels)
 
 
 def load_network(name_or_path: str | Path) -> Adapter:
@@ -99,6 +113,23 @@ def load_network(name_or_path: str | Path) -> Adapter:
     return network.eval()
 
 
+def record_of(network: Adapter) -> Mapping[str, Any]:
+    """``base`` and ``conditioning``: what a network was trained on, as far as it is known."""
+    return network.config if isinstance(network, BPSModel) else network.config.get(_RECORD) or {}
+
+
+def channels_of(network: Adapter) -> int:
+    """Channels of the conditions that a network was trained on."""
+    if isinstance(network, BPSModel):
+        return network.config["conditioning_channels"]
+    return (record_of(network).get("conditioning") or {}).get("channels") or condition_channels(network)
+
+
+def factor_of(network: Adapter) -> int:
+    """Pixels of the condition a side of one latent."""
+    return network.config["pixel_unshuffle"] if isinstance(network, BPSModel) else condition_factor(network)
+
+
 def check_adapter(network: Adapter, pipe: Any) -> None:
     """Refuse a network that was made for another base.
 
@@ -107,16 +138,19 @@ def check_adapter(network: Adapter, pipe: Any) -> None:
         pipe: The pipeline, or the bare U-Net.
 
     Raises:
-        PowersteerError: Block widths differ; for BPS, see `powersteer.steering.check_fits`.
+        PowersteerError: Block widths differ, or text width or prediction type, where they are known; for BPS, see
+            `powersteer.steering.check_fits`.
     """
     if isinstance(network, BPSModel):
         check_fits(network, pipe)
         return
-    widths = list(getattr(pipe, "unet", pipe).config["block_out_channels"])
-    if base_widths(network) != widths:
+    scheduler = getattr(pipe, "scheduler", None)
+    given = fingerprint(getattr(pipe, "unet", pipe), None if scheduler is None else scheduler.config["prediction_type"])
+    made_for = {"block_out_channels": base_widths(network), **(record_of(network).get("base") or {})}
+    if differences(made_for, given):
         raise PowersteerError(
-            f"the {type(network).__name__} was made for a U-Net of widths {_dashed(base_widths(network))}; this has "
-            f"{_dashed(widths)}: load the base it was trained on"
+            f"the {type(network).__name__} was made for {describe(made_for)}; this is {describe(given)}: load the base "
+            "it was trained on"
         )
 
 
@@ -142,7 +176,8 @@ def attach(unet: UNet2DConditionModel, network: Adapter, condition: torch.Tensor
     """
     if isinstance(network, BPSModel):
         layers = last_layers if isinstance(network, AddedOnce) else None
-        with steer(unet, network, condition, plan=None, layers=layers):
+        both = not isinstance(network, ConditionalHalf)
+        with steer(unet, network, condition, plan=None, layers=layers, steer_unconditional=both):
             yield
         return
     check_adapter(network, unet)
@@ -172,7 +207,3 @@ def attach(unet: UNet2DConditionModel, network: Adapter, condition: torch.Tensor
         for handle in hook_up(unet, network, rows):
             hooks.enter_context(handle)
         yield
-
-
-def _dashed(widths: list[int]) -> str:
-    return "-".join(str(width) for width in widths)

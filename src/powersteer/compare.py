@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -22,17 +21,18 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 
-from powersteer.adapters import Adapter, attach, load_network
+from powersteer.adapters import Adapter, load_network
 from powersteer.base import load_base
 from powersteer.config import StrictConfig, build_config
 from powersteer.data.encode import EncodedPairs, encode_pairs
 from powersteer.data.openmoji import prepare_openmoji
 from powersteer.data.pairs import Pairs, spread
 from powersteer.errors import PowersteerError
+from powersteer.evaluation.features import weights_sha256
 from powersteer.evaluation.information import denoiser_errors, measure_information
 from powersteer.evaluation.lines import line_f1
 from powersteer.generate import steered_pictures
-from powersteer.hardware import machine
+from powersteer.hardware import best_device, machine
 from powersteer.pictures import from_pil, save_grid
 from powersteer.training.checkpoint import list_checkpoints
 from powersteer.training.config import TrainConfig
@@ -40,13 +40,13 @@ from powersteer.training.dry_run import dry_run
 from powersteer.training.heldout import Gap, HeldOut
 from powersteer.training.monitor import LOG, memory_used
 from powersteer.training.objective import noise_schedule
-from powersteer.training.run import train
+from powersteer.training.run import TrainResult, train
 from powersteer.training.setup import conditioning, picture_size
 
 SPLITS = ("train", "validation", "test")
 PRIOR = "prior.json"
 INFORMATION_DRAWS = 4
-"""Of log-SNR and noise, for each test pair."""
+"""Of log-SNR and noise for each test pair."""
 _OWN_KEYS = (
     "train_data_dir",
     "validation_data_dir",
@@ -149,10 +149,9 @@ class Trial:
         for batch in torch.tensor(self.shown).split(20):
             indices = [int(i) for i in batch]
             drawings = torch.stack([pairs[i][1] for i in indices]).float() / 255
-            with nullcontext() if self.network is None else attach(self.pipe.unet, self.network, drawings):
-                prompts = [pairs.texts[i] for i in indices]
-                height, width = drawings.shape[-2:]
-                images = steered_pictures(self.pipe, None, prompts, None, seeds=indices, height=height, width=width)
+            prompts = [pairs.texts[i] for i in indices]
+            size: dict[str, Any] = {"height": drawings.shape[-2], "width": drawings.shape[-1]}
+            images = steered_pictures(self.pipe, self.network, prompts, drawings, seeds=indices, **size)
             made += [from_pil(image) for image in images]
         return torch.stack(made)
 
@@ -177,26 +176,26 @@ def denoising(trial: Trial) -> dict[str, float]:
     }
 
 
-def information(trial: Trial) -> dict[str, float]:
-    """Nats a latent dimension that the network takes from the condition; see `powersteer.evaluation.information`."""
-    if trial.network is None:
-        return {}
-    pairs = trial.held_out.pairs
-    errors = denoiser_errors(trial.pipe, trial.network, pairs)
-    found = measure_information(errors, noise_schedule(trial.pipe).alphas_cumprod, len(pairs), draws=INFORMATION_DRAWS)
-    return {
-        "nats": found.steered.mean,
-        "nats_error": found.steered.error,
-        "shuffled": found.shuffled.mean,
-        "shuffled_error": found.shuffled.error,
-    }
-
-
 def lines(trial: Trial) -> dict[str, float]:
     """Line fidelity (F1) of pictures made for test sketches."""
     pairs = trial.held_out.pairs.pairs
     drawings = torch.stack([pairs[i][1] for i in trial.shown]).float() / 255
     return {"f1": line_f1(drawings, trial.pictures).mean().item()}
+
+
+def information(trial: Trial) -> dict[str, float]:
+    """Nats a latent dimension taken from the condition, given the text; none by the prior."""
+    if trial.network is None:
+        return {"nats": 0.0}
+    pairs = trial.held_out.pairs
+    errors = denoiser_errors(trial.pipe, trial.network, pairs)
+    alphas = noise_schedule(trial.pipe).alphas_cumprod
+    found = measure_information(errors, alphas, len(pairs), draws=INFORMATION_DRAWS)
+    return {
+        "nats": found.steered.mean,
+        "nats_error": found.steered.error,
+        "control": found.steered.mean - found.shuffled.mean,
+    }
 
 
 METRICS: dict[str, Metric] = {"information": information, "denoising": denoising, "lines": lines}
@@ -225,14 +224,17 @@ class _Comparison:
         folder = experiment.data_dir or experiment.output_dir / "openmoji"
         self.data = {split: _folder_digest(folder / split) for split in SPLITS}
         self.test_dir = folder / "test"
+        self.config = experiment.training(next(iter(experiment.methods)), "all", 0, 1.0, "runs")
+        """Of what all runs share."""
+        self.pipe: Any = load_base(self.config.pretrained_model_name_or_path)
+        self.base = {part: weights_sha256(getattr(self.pipe, part)) for part in ("unet", "vae", "text_encoder")}
         self.memories: dict[str, int] = {}
 
     @cached_property
     def prior(self) -> Trial:
         """The base on the test split."""
-        config = self.experiment.training(next(iter(self.experiment.methods)), "all", 0, 1.0, "runs")
-        pipe: Any = load_base(config.pretrained_model_name_or_path)
-        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        config, pipe = self.config, self.pipe
+        pipe.to(best_device())
         size, _ = picture_size(config, pipe.unet.config, pipe.vae_scale_factor)
         given = conditioning(config)
         test = Pairs(self.test_dir, size, given.channels, kind=given.kind)
@@ -268,26 +270,25 @@ class _Comparison:
             limit: dict[str, Any] = {"max_train_steps": tuning.max_train_steps, "num_train_epochs": None}
             configs[rate] = config.model_copy(update={**limit, "num_validation_images": 0})
         file = self.experiment.results_dir / f"tuning-{method}.json"
-        digest = _digest([_identity(config) for config in configs.values()], self.data)
+        digest = self.digest(*configs.values())
         found = self.read(file, digest)
-        if found is not None:
-            return found["chosen"]
-        for rate, config in configs.items():
-            self.console.print(f"{method}: learning rate {rate:g}")
-            if train(config).interrupted:
-                return None
-            losses[rate] = min(row["steered"] for row in _log(config) if row["step"] > 0)
-        chosen = min(losses, key=lambda rate: losses[rate])
-        result = {"kind": "tuning", "method": method, "chosen": chosen, "digest": digest, **tuning.model_dump()}
-        self.write(file, result | {"losses": [losses[rate] for rate in tuning.learning_rates]})
-        for folder in folders.values():
-            shutil.rmtree(self.experiment.output_dir / folder)
-        return chosen
+        if found is None:
+            for rate, config in configs.items():
+                self.console.print(f"{method}: learning rate {rate:g}")
+                if train(config).interrupted:
+                    return None
+                losses[rate] = min(row["steered"] for row in _log(config) if row["step"] > 0)
+            chosen = min(losses, key=lambda rate: losses[rate])
+            found = {"kind": "tuning", "method": method, "chosen": chosen, "digest": digest, **tuning.model_dump()}
+            found |= {"losses": [losses[rate] for rate in tuning.learning_rates]}
+            self.write(file, found)
+        shutil.rmtree(self.experiment.output_dir / "tuning" / method, ignore_errors=True)  # again, if killed amid it
+        return float(found["chosen"])
 
     def measure_prior(self) -> None:
         """The base alone, once."""
         file = self.experiment.results_dir / PRIOR
-        digest = _digest([self.experiment.train], self.data)
+        digest = _digest([self.experiment.train, self.data, self.base])
         if self.read(file, digest) is None:
             self.write(file, {"kind": "prior", "digest": digest, **self.measured(self.prior)})
 
@@ -295,24 +296,29 @@ class _Comparison:
         """Train and measure, unless it is done; whether it is."""
         name = f"{method}-{pairs}-{seed}"
         config = self.experiment.training(method, pairs, seed, rate, f"runs/{name}")
-        file, digest = self.experiment.results_dir / f"run-{name}.json", _digest([_identity(config)], self.data)
-        if self.read(file, digest) is not None:
-            return True
-        self.console.print(f"{method}: {pairs} pairs, seed {seed}, learning rate {rate:g}")
-        result = train(config)
-        if result.interrupted:
-            return False
+        file, digest = self.experiment.results_dir / f"run-{name}.json", self.digest(config)
+        if self.read(file, digest) is None:
+            self.console.print(f"{method}: {pairs} pairs, seed {seed}, learning rate {rate:g}")
+            result = train(config)
+            if result.interrupted:
+                return False
+            self.write(file, self.row(method, config, result) | {"pairs": pairs, "digest": digest})
+        for checkpoint in list_checkpoints(config.output_dir):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        return True
+
+    def row(self, method: str, config: TrainConfig, result: TrainResult) -> dict[str, Any]:
+        """A trained run, measured."""
         network: Any = load_network(config.output_dir)
         pipe = self.prior.pipe
         network.to(pipe.unet.device)
         curve = [{key: row[key] for key in ("step", "seconds", "steered", "control")} for row in _log(config)]
         weights = config.output_dir / "diffusion_pytorch_model.safetensors"
-        row: dict[str, Any] = {
+        return {
             "kind": "run",
             "method": method,
-            "pairs": pairs,
-            "seed": seed,
-            "learning_rate": rate,
+            "seed": config.seed,
+            "learning_rate": config.learning_rate,
             "trained_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
             "updates": result.step,
             "best_update": result.best_step,
@@ -323,13 +329,8 @@ class _Comparison:
             "curve": curve,
             "config": _identity(config),
             "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
-            "digest": digest,
             **self.measured(replace(self.prior, network=network)),
         }
-        self.write(file, row)
-        for checkpoint in list_checkpoints(config.output_dir):
-            shutil.rmtree(checkpoint)
-        return True
 
     def memory(self, method: str, config: TrainConfig) -> int:
         """Bytes of a training step, estimated; neither pairs, seed nor learning rate changes it."""
@@ -344,6 +345,7 @@ class _Comparison:
             "test": {name: METRICS[name](trial) for name in self.experiment.metrics},
             "test_pairs": len(trial.held_out),
             "data": self.data,
+            "base": self.base,
             "versions": {package: version(package) for package in packages},
             "hardware": machine(str(trial.pipe.unet.device)),
         }
@@ -365,6 +367,10 @@ class _Comparison:
         headings = ("condition", "prior", *folders, "target")
         cells = torch.stack(columns, 1).flatten(0, 1)
         save_grid(cells, file, len(columns), scale=max(1, 128 // cells.shape[-1]), headings=headings)
+
+    def digest(self, *configs: TrainConfig) -> str:
+        """Of what decides a result: configurations, data, and the base's weights."""
+        return _digest([[_identity(config) for config in configs], self.data, self.base])
 
     def read(self, file: Path, digest: str) -> dict[str, Any] | None:
         """A result that is there, made with these settings."""
@@ -397,8 +403,8 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=places)
 
 
-def _digest(configs: list[dict[str, Any]], data: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps([configs, data], sort_keys=True).encode()).hexdigest()
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _folder_digest(folder: Path) -> str:

@@ -17,22 +17,16 @@ from powersteer.errors import PowersteerError
 
 HEADINGS = {
     "information.nats": ("Information, nats a latent dimension ↑", 1.0, ""),
-    "information.shuffled": ("Information under exchanged conditions", 1.0, ""),
+    "information.control": ("Information lost by exchanged conditions ↑", 1.0, ""),
     "denoising.reduction": ("Denoising loss below the prior's ↑", 100.0, " %"),
     "denoising.control": ("Loss added by exchanged conditions ↑", 1.0, ""),
     "denoising.loss": ("Denoising loss ↓", 1.0, ""),
     "lines.f1": ("Line fidelity, F1 ↑", 1.0, ""),
 }
 """Heading, factor and unit of a figure; others have their own name."""
-_HIDDEN = (
-    "information.nats_error",
-    "information.shuffled_error",
-    "denoising.gain",
-    "denoising.gain_error",
-    "denoising.control_error",
-)
-QUALITIES = ("information.nats", "denoising.reduction")
-"""What is plotted: the first of these that was measured."""
+_HIDDEN = ("information.nats_error", "denoising.gain", "denoising.gain_error", "denoising.control_error")
+QUALITY = ("information.nats", "denoising.reduction")
+"""What is plotted: the first that was measured."""
 
 
 @dataclass(frozen=True)
@@ -203,17 +197,17 @@ def _draw(experiment: ExperimentConfig, results: Results, folder: Path) -> list[
     axes[0][-1].legend(fontsize="small")
     save(figure, "curves")
 
-    quality_key = next((key for key in QUALITIES if key in results.keys), None)
-    if quality_key is None:
+    measured = next((key for key in QUALITY if key in results.keys), None)
+    if measured is None:
         return drawn
-    heading, factor, unit = HEADINGS[quality_key]
+    heading, factor, unit = HEADINGS[measured]
     ways = {"pairs": "pairs", "trained_parameters": "trained parameters", "seconds": "training seconds"}
     for key, label in ways.items():
         figure, axis = pyplot.subplots(figsize=(5, 3.6))
         for method in experiment.methods:
             points: list[tuple[float, Figure]] = []
             for pairs in panels:
-                quality, runs = results.figure(method, pairs, quality_key), results.of(method, pairs)
+                quality, runs = results.figure(method, pairs, measured), results.of(method, pairs)
                 if quality is not None:
                     across = panels.index(pairs) if key == "pairs" else mean(run[key] for run in runs)
                     points.append((across, quality))
@@ -224,7 +218,7 @@ def _draw(experiment: ExperimentConfig, results: Results, folder: Path) -> list[
             axis.set_xticks(range(len(panels)), [str(pairs) for pairs in panels])
         else:
             axis.set_xscale("log")
-        axis.set(xlabel=label, ylabel=heading.removesuffix(" ↑") + (f",{unit}" if unit else ""))
+        axis.set(xlabel=label, ylabel=f"{heading.removesuffix(' ↑')}{unit and ','}{unit}")
         axis.legend(fontsize="small")
         save(figure, key.replace("_", "-"))
     return drawn

@@ -43,7 +43,8 @@ def describe(base: Mapping[str, Any]) -> str:
     """A base in a few words."""
     widths = "-".join(str(width) for width in base["block_out_channels"])
     name = "a U-Net" if base.get("family") in (None, "unknown") else f"{base['family']}"
-    return f"{name} (widths {widths}, text width {base['cross_attention_dim']}, {base['prediction_type'] or 'ε or v'})"
+    text, prediction = base.get("cross_attention_dim"), base.get("prediction_type") or "ε or v"
+    return f"{name} (widths {widths}, {'' if text is None else f'text width {text}, '}{prediction})"
 
 
 def _plain(value: Any) -> Any:

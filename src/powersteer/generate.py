@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +18,18 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import Progress
 
-from powersteer.base import EMBEDDED_BASE, load_adapter, load_base
+from powersteer.adapters import Adapter, attach, channels_of, check_adapter, factor_of, load_network, record_of
+from powersteer.base import EMBEDDED_BASE, load_base
 from powersteer.conditions.files import check_condition, read_condition
 from powersteer.conditions.sketch import open_picture
 from powersteer.config import StrictConfig, build_config
+from powersteer.data.layouts import read_rows
+from powersteer.data.pairs import captioned
 from powersteer.errors import PowersteerError
+from powersteer.hardware import best_device, native_precision
 from powersteer.model import BPSModel
 from powersteer.pictures import condition_picture, from_pil, save_grid
-from powersteer.steering import check_fits, steer
+from powersteer.steering import steer
 
 GUIDANCE_SCALE = 3.0
 """Default strength of the text."""
@@ -62,7 +66,7 @@ class GenerateSettings(StrictConfig):
     """What is common to all pictures of a run; written into every PNG."""
 
     adapter: tuple[str, ...] = ("sketch",)
-    """Embedded ones by name, folders, or models of the Hub."""
+    """Embedded ones by name, folders, or models of the Hub; several of BPS, or one of another kind."""
     base: str = EMBEDDED_BASE
     num_inference_steps: int = Field(default=NUM_INFERENCE_STEPS, gt=0)
     guidance_scale: float = Field(default=GUIDANCE_SCALE, ge=1)
@@ -79,6 +83,8 @@ class GenerateSettings(StrictConfig):
     """Repaint only where this is white."""
     strength: float = Field(default=0.8, gt=0, le=1)
     """How far from ``init_image``: 1 forgets it."""
+    prepared: bool = False
+    """The conditions are those of training pairs: cropped as in training, never inverted or padded."""
 
 
 def read_manifest(path: Path) -> list[PictureJob]:
@@ -121,6 +127,32 @@ def jobs_of(
     ]
 
 
+def jobs_of_pairs(folder: Path, negative_prompt: str = "", seed: int = 0) -> list[PictureJob]:
+    """Each pair's first caption under its own condition, to be made with ``prepared``; seeds count up from ``seed``.
+
+    Args:
+        folder: Pairs in files, in any layout of `powersteer.data.layouts`.
+        negative_prompt: Of all pictures.
+        seed: Of the first.
+
+    Raises:
+        PowersteerError: The folder is malformed, a pair has no caption, or its condition is no file of its own.
+    """
+    jobs: list[PictureJob] = []
+    for i, row in enumerate(read_rows(folder)):
+        file = row.conditioning_image.file
+        if file is None or file.suffix == ".tar":
+            raise PowersteerError(f"{row.conditioning_image} is no file of its own: prepare the pairs without --shards")
+        prompt = captioned(row, None).texts[0]
+        jobs.append(PictureJob(prompt=prompt, condition=(file,), negative_prompt=negative_prompt, seed=seed + i))
+    return jobs
+
+
+def pictures_of(folder: Path) -> list[Path]:
+    """What `generate` has made in a folder, in order, without the grid."""
+    return sorted(folder.glob("[0-9][0-9][0-9][0-9][0-9]-seed*.png"))
+
+
 def generate(
     settings: GenerateSettings, jobs: Sequence[PictureJob], out_dir: Path, *, batch_size: int = 4, resume: bool = False
 ) -> list[Path]:
@@ -149,15 +181,16 @@ def generate(
             raise PowersteerError(f"{len(settings.adapter)} adapters need as many conditions, not {len(job.condition)}")
     for file in dict.fromkeys(file for job in jobs for file in job.condition):
         check_condition(file)  # that the last of a thousand is broken is said now, not in an hour
-    models = [load_adapter(name) for name in settings.adapter]
+    models = [load_network(name) for name in settings.adapter]
     pipe, inputs = _pipeline(settings)
     for model in models:
-        check_fits(model, pipe)
+        check_adapter(model, pipe)
+        model.to(pipe.device)
     latents = pipe.unet.config.sample_size
 
     @lru_cache(maxsize=64)
     def conditions_of(files: tuple[Path, ...]) -> list[tuple[torch.Tensor, bool]]:
-        return [_condition(file, model, latents) for file, model in zip(files, models, strict=True)]
+        return [_condition(file, model, latents, settings) for file, model in zip(files, models, strict=True)]
 
     steering = {name: _for_each(name, getattr(settings, name), models) for name in ("scale", "start", "end")}
     first = 0 if resume else _next_number(out_dir)
@@ -199,7 +232,7 @@ def generate(
 
 def steered_pictures(
     pipe: DiffusionPipeline,
-    model: BPSModel | Sequence[BPSModel] | None,
+    model: Adapter | Sequence[Adapter] | None,
     prompts: Sequence[str],
     condition: Any,
     *,
@@ -216,7 +249,7 @@ def steered_pictures(
 
     Args:
         pipe: The frozen base.
-        model: The steering network, or several.
+        model: The steering network, or several; or one of another kind, which steers alone and at full strength.
         prompts: One prompt a picture.
         condition: One condition for all, or one for each prompt; with several networks, a list of such.
         seeds: One seed a picture: the same seed starts from the same noise, steered or not.
@@ -229,14 +262,14 @@ def steered_pictures(
         **inputs: Further arguments of the pipeline.
 
     Raises:
-        PowersteerError: No prompts, not as many seeds as prompts, or what `powersteer.steer` refuses.
+        PowersteerError: No prompts, not as many seeds as prompts, what `powersteer.steer` refuses, or a strength of, or
+            company for, a network that is not BPS.
     """
     if not prompts or len(seeds) != len(prompts):
         raise PowersteerError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each, at least one")
     negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-    steering = nullcontext() if model is None else steer(pipe, model, condition, scale, start, end)
     run: Any = pipe
-    with steering:
+    with _steering(run, model, condition, len(prompts), {"scale": scale, "start": start, "end": end}):
         return run(
             list(prompts),
             negative_prompt=negative,
@@ -247,9 +280,35 @@ def steered_pictures(
         ).images
 
 
+def _steering(
+    pipe: Any,
+    model: Adapter | Sequence[Adapter] | None,
+    condition: Any,
+    count: int,
+    strength: dict[str, Any],
+) -> AbstractContextManager[None]:
+    """`steer` for BPS; `attach` for anything else, whose conditions are repeated for ``count`` prompts."""
+    models = [] if model is None else [model] if isinstance(model, torch.nn.Module) else list(model)
+    if not models:
+        return nullcontext()
+    other = next((one for one in models if type(one) is not BPSModel), None)
+    if other is None:
+        several: Any = model
+        return steer(pipe, several, condition, **strength)
+    plain = {"scale": 1.0, "start": 0.0, "end": 1.0}
+    if len(models) > 1 or any(value not in (plain[name], [plain[name]]) for name, value in strength.items()):
+        raise PowersteerError(
+            f"a {type(other).__name__} steers alone and at full strength: leave scale, start, end and others out"
+        )
+    alone = condition[0] if isinstance(condition, list) else condition
+    return attach(pipe.unet, other, alone if len(alone) == count else alone.expand(count, -1, -1, -1))
+
+
 def _pipeline(settings: GenerateSettings) -> tuple[Any, dict[str, Any]]:
     """The stock pipeline for the settings, and what it takes beyond prompts."""
-    pipe: Any = load_base(settings.base)
+    device = best_device()
+    pipe: Any = load_base(settings.base, torch.float32 if device.type == "cpu" else native_precision(device))
+    pipe.to(device)
     if settings.scheduler is not None:
         pipe.scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler]).from_config(pipe.scheduler.config)
     if settings.init_image is None:
@@ -271,22 +330,21 @@ def _fit(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def _condition(file: Path, model: BPSModel, latents: int) -> tuple[torch.Tensor, bool]:
+def _condition(file: Path, model: Adapter, latents: int, settings: GenerateSettings) -> tuple[torch.Tensor, bool]:
     """The file as ``model`` reads it (C, H, W), and whether it was inverted; ``latents`` are so many a side."""
-    side = latents * model.config["pixel_unshuffle"]
-    kind = (model.config["conditioning"] or {}).get("kind")
-    return read_condition(file, model.config["conditioning_channels"], kind, (side, side))
+    side = latents * factor_of(model)
+    kind = (record_of(model).get("conditioning") or {}).get("kind")
+    return read_condition(file, channels_of(model), kind, (side, side), prepared=settings.prepared)
 
 
-def _for_each(name: str, values: Sequence[float], models: Sequence[BPSModel]) -> list[float]:
+def _for_each(name: str, values: Sequence[float], models: Sequence[Adapter]) -> list[float]:
     if len(values) not in (1, len(models)):
         raise PowersteerError(f"{len(values)} times --{name} for {len(models)} adapters: give one, or one for each")
     return list(values) * (len(models) // len(values))
 
 
 def _next_number(out_dir: Path) -> int:
-    numbers = [int(file.name[:5]) for file in out_dir.glob("[0-9][0-9][0-9][0-9][0-9]-seed*.png")]
-    return max(numbers, default=-1) + 1
+    return max((int(file.name[:5]) for file in pictures_of(out_dir)), default=-1) + 1
 
 
 def _is_made(file: Path, record: dict[str, Any]) -> bool:

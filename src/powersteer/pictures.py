@@ -41,7 +41,7 @@ def condition_picture(condition: torch.Tensor, size: tuple[int, int]) -> torch.T
 def save_grid(
     images: torch.Tensor, path: Path, columns: int, *, gap: int = 2, scale: int = 1, headings: Sequence[str] = ()
 ) -> None:
-    """Write pictures as one PNG, row by row.
+    """Write pictures as one PNG, row by row; it is never seen half-written.
 
     Args:
         images: (N, 3, H, W) in [-1, 1].
@@ -65,4 +65,6 @@ def save_grid(
         picture = to_pil(image).resize((width, height), Image.Resampling.LANCZOS)
         sheet.paste(picture, ((i % columns) * (width + gap), top + (i // columns) * (height + gap)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    partial = path.with_suffix(".partial")
+    sheet.save(partial, format="PNG")
+    partial.replace(path)

@@ -54,6 +54,10 @@ def generate(
             help="Many at once: JSONL with prompt, condition, negative_prompt, seed. Goes on where it stopped."
         ),
     ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="Many at once: a folder of pairs, each one's caption and condition. Goes on, too."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 30,
     guidance_scale: Annotated[float, typer.Option(min=1.0, help="Strength of the text; 1 is none.")] = 3.0,
     scheduler: Annotated[
@@ -72,7 +76,7 @@ def generate(
 ) -> None:
     """Make pictures that follow a drawing, or several conditions at once."""
     from powersteer.config import build_config
-    from powersteer.generate import GenerateSettings, jobs_of, read_manifest
+    from powersteer.generate import GenerateSettings, jobs_of, jobs_of_pairs, read_manifest
     from powersteer.generate import generate as run
 
     given = {"adapter": adapter, "scale": scale, "start": start, "end": end, "scheduler": scheduler}
@@ -84,16 +88,19 @@ def generate(
             "init_image": init_image,
             "mask_image": mask_image,
             "strength": strength,
+            "prepared": pairs is not None,
             **{name: value for name, value in given.items() if value},
         },
         GenerateSettings,
         where="generate",
     )
-    if manifest is not None:
+    if pairs is not None:
+        jobs = jobs_of_pairs(pairs, negative_prompt, seed)
+    elif manifest is not None:
         jobs = read_manifest(manifest)
     else:
         jobs = jobs_of(prompt, condition or [], negative_prompt, seed, num_images)
-    for path in run(settings, jobs, out_dir, batch_size=batch_size, resume=manifest is not None):
+    for path in run(settings, jobs, out_dir, batch_size=batch_size, resume=pairs is not None or manifest is not None):
         out.print(str(path), soft_wrap=True, highlight=False)
 
 
@@ -168,7 +175,9 @@ def evaluate(
     base: Annotated[
         str, typer.Option(help="The frozen base: a name, a folder, or a model of the Hub.")
     ] = "powersteer-tiny",
-    real: Annotated[Path | None, typer.Option(help="Instead of DATA: a folder of pictures …")] = None,
+    real: Annotated[
+        Path | None, typer.Option(help="Instead of DATA: a folder of pictures, or of pairs (cropped as in training) …")
+    ] = None,
     generated: Annotated[Path | None, typer.Option(help="… and another to compare with it.")] = None,
     pairs: Annotated[int | None, typer.Option(help="Take so many of the held-out pairs; else all.")] = None,
     pictures: Annotated[int, typer.Option(help="To make of each kind; 0 for the denoising figures alone.")] = 120,

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
-from importlib.metadata import version
-from typing import Any
-
 from PIL import Image, ImageDraw
 
 from powersteer.conditions.extractor import EXTRACTORS, Box, Subject
-from powersteer.conditions.kinds import extractor_record
-from powersteer.conditions.palettes import Palette
-from powersteer.config import StrictConfig
+from powersteer.conditions.palettes import InColours
 from powersteer.errors import PowersteerError
 
 SLACK = 1.0
@@ -20,14 +13,14 @@ SLACK = 1.0
 
 
 @EXTRACTORS.add("layout", "boxes", needs="named boxes in the source")
-class Boxes(StrictConfig):
+class Boxes(InColours):
     """Boxes on black, larger ones behind smaller ones, of one size in the order given.
 
     A box covers the pixels from its rounded left and top to before its rounded right and bottom, one at least.
     """
 
+    kind = "layout", "boxes"
     palette: str = "coco-stuff"
-    """Built in (`powersteer.conditions.palettes`), or a JSON file."""
 
     def __call__(self, subject: Subject) -> Image.Image:
         """RGB."""
@@ -43,22 +36,6 @@ class Boxes(StrictConfig):
             right, bottom = max(left, min(width, round(box.right)) - 1), max(top, min(height, round(box.bottom)) - 1)
             pen.rectangle((left, top, right, bottom), fill=tuple(colour))
         return drawn
-
-    def record(self) -> Mapping[str, Any]:
-        """See `Extractor`."""
-        return extractor_record(
-            "layout",
-            "boxes",
-            version=version("powersteer"),
-            settings=self.model_dump(),
-            channels=3,
-            palette=self.colours.table,
-        )
-
-    @cached_property
-    def colours(self) -> Palette:
-        """The palette itself."""
-        return Palette.find(self.palette)
 
 
 def _check(box: Box, width: int, height: int) -> None:

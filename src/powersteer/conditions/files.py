@@ -25,18 +25,21 @@ def check_condition(file: Path) -> None:
         open_picture(file)
 
 
-def read_condition(file: Path, channels: int, kind: str | None, size: tuple[int, int]) -> tuple[torch.Tensor, bool]:
+def read_condition(
+    file: Path, channels: int, kind: str | None, size: tuple[int, int], *, prepared: bool = False
+) -> tuple[torch.Tensor, bool]:
     """A file as a condition (C, H, W); and whether it was a sketch that had to be inverted.
 
-    A sketch is fitted into the size and padded with its paper. Any other picture is scaled to cover it and cropped, as
-    in training: label maps without interpolation, colour and structure of a style each for itself. Features must have
-    the size.
+    A sketch is fitted into the size and padded with its paper, unless it is ``prepared``. Any other picture is scaled
+    to cover it and cropped, as in training: label maps without interpolation, colour and structure of a style each for
+    itself. Features must have the size.
 
     Args:
         file: A picture, or a ``.npy`` (C, H, W).
         channels: The channels that the network reads.
         kind: Of the network's condition; None for a network that does not say, where one channel is a sketch.
         size: (height, width): pixels, or of features.
+        prepared: It is the condition of a training pair: a sketch's ink is 1 on 0, and it is cropped as in training.
 
     Raises:
         PowersteerError: It cannot be read, or is not what the network reads.
@@ -49,11 +52,11 @@ def read_condition(file: Path, channels: int, kind: str | None, size: tuple[int,
         return features, False
     if kind == FEATURE or channels not in PIL_MODES:
         raise PowersteerError(f"the adapter reads feature maps of {channels} channels: give a {FEATURE_SUFFIX}")
-    if channels == 1 and kind in ("sketch", None):
+    if channels == 1 and kind in ("sketch", None) and not prepared:
         sketch, inverted = sketch_condition(open_picture(file), size)
         return to_condition(sketch, channels)[0], inverted
     # What is transparent has no label; the alpha of a style is its structure.
-    paper = None if channels == 4 else "black" if kind in LABEL_MAPS else "white"
+    paper = None if channels == 4 else "black" if kind in LABEL_MAPS or (prepared and channels == 1) else "white"
     picture = open_picture(file, paper).convert(PIL_MODES[channels])
     resampling = Image.Resampling.NEAREST if kind in LABEL_MAPS else Image.Resampling.LANCZOS
     share = min(picture.width / width, picture.height / height)

@@ -14,40 +14,24 @@ from PIL import Image
 
 from powersteer.conditions.extractor import EXTRACTORS, Subject
 from powersteer.conditions.kinds import extractor_record
-from powersteer.conditions.palettes import Palette
+from powersteer.conditions.palettes import InColours, Palette
 from powersteer.config import StrictConfig
 from powersteer.errors import PowersteerError
 from powersteer.hardware import best_device
 
 
 @EXTRACTORS.add("segmentation", "labels", needs="label maps in the source")
-class SourceLabels(StrictConfig):
+class SourceLabels(InColours):
     """The source's own label map."""
 
+    kind = "segmentation", "labels"
     palette: str = "ade20k"
-    """Built in (`powersteer.conditions.palettes`), or a JSON file."""
 
     def __call__(self, subject: Subject) -> Image.Image:
         """RGB."""
         if subject.labels is None:
             raise PowersteerError("there is no label map here: choose the extractor 'model', with a segmentation model")
         return self.colours.picture(subject.labels)
-
-    def record(self) -> Mapping[str, Any]:
-        """See `Extractor`."""
-        return extractor_record(
-            "segmentation",
-            "labels",
-            version=version("powersteer"),
-            settings=self.model_dump(),
-            channels=3,
-            palette=self.colours.table,
-        )
-
-    @cached_property
-    def colours(self) -> Palette:
-        """The palette itself."""
-        return Palette.find(self.palette)
 
 
 @EXTRACTORS.add("segmentation", "model", needs="a semantic segmentation model of transformers")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from powersteer.conditions.kinds import extractor_record
+from powersteer.config import StrictConfig
 from powersteer.errors import PowersteerError
 
 BUILT_IN = ("ade20k", "coco-stuff", "openmoji")
@@ -45,7 +48,7 @@ class Palette:
         """
         if name_or_path in BUILT_IN:
             content = (files("powersteer") / "assets" / "palettes" / f"{name_or_path}.json").read_text("utf-8")
-            return cls._of_table(json.loads(content))
+            return cls.of_table(json.loads(content))
         path = Path(name_or_path)
         if not path.is_file():
             known = ", ".join(BUILT_IN)
@@ -62,7 +65,7 @@ class Palette:
                 raise PowersteerError(f"{path}: '{name}' is {colour}, not three whole numbers from 0 to 255")
             if (other := seen.setdefault(tuple(colour), name)) != name:
                 raise PowersteerError(f"{path}: '{other}' and '{name}' have one colour, {colour}: give each its own")
-        return cls._of_table(table)
+        return cls.of_table(table)
 
     @classmethod
     def of_names(cls, names: Sequence[str]) -> Palette:
@@ -70,7 +73,8 @@ class Palette:
         return cls(tuple(names), voc_colours(len(names) + 1)[1:])
 
     @classmethod
-    def _of_table(cls, table: dict[str, Any]) -> Palette:
+    def of_table(cls, table: Mapping[str, Sequence[int]]) -> Palette:
+        """Name → RGB, as `table` has it."""
         return cls(tuple(table), np.array(list(table.values()), dtype=np.uint8))
 
     def __len__(self) -> int:
@@ -126,6 +130,27 @@ class Palette:
     @cached_property
     def _indices(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.names)}
+
+
+class InColours(StrictConfig):
+    """An extractor that paints what the source itself knows in a palette's colours."""
+
+    kind: ClassVar[tuple[str, str]]
+    """Its task and its name."""
+    palette: str
+    """Built in (`BUILT_IN`), or a JSON file."""
+
+    def record(self) -> Mapping[str, Any]:
+        """See `powersteer.conditions.extractor.Extractor`."""
+        table = self.colours.table
+        return extractor_record(
+            *self.kind, version=version("powersteer"), settings=self.model_dump(), channels=3, palette=table
+        )
+
+    @cached_property
+    def colours(self) -> Palette:
+        """The palette itself."""
+        return Palette.find(self.palette)
 
 
 def voc_colours(count: int) -> Pixels:

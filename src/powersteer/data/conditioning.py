@@ -15,6 +15,8 @@ from powersteer.conditions.tensors import PIL_MODES
 from powersteer.errors import PowersteerError
 
 DATASET_FILE = "dataset.json"
+HELD_OUT = ("test", "validation", "val")
+"""Folders of a data set that hold what no training may see."""
 
 
 class _Said(BaseModel):

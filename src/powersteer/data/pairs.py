@@ -234,6 +234,16 @@ def same_aspect(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return abs(width - other[0]) <= max(1, ASPECT_TOLERANCE * other[0])
 
 
+def cropped(picture: Image.Image, size: Size) -> torch.Tensor:
+    """A picture as the plain view has it: scaled to cover the size and cropped about its middle, (3, H, W) in [-1, 1].
+
+    Args:
+        picture: RGB.
+        size: Pixels (height, width).
+    """
+    return _cut(picture, size, Views().of(0, 0), Image.Resampling.LANCZOS).float() / 127.5 - 1
+
+
 def _cut(
     picture: Image.Image, size: Size, view: tuple[float, float, float, bool], resampling: Image.Resampling
 ) -> torch.Tensor:

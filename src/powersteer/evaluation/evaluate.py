@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 
-from powersteer.base import EMBEDDED_BASE, load_adapter, load_base
+from powersteer.adapters import Adapter, channels_of, check_adapter, load_network, record_of
+from powersteer.base import EMBEDDED_BASE, load_base
+from powersteer.data.conditioning import HELD_OUT, conditioning_of
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, spread
 from powersteer.errors import PowersteerError
@@ -38,14 +39,11 @@ from powersteer.evaluation.measures import (
 )
 from powersteer.evaluation.paired import spread_map
 from powersteer.generate import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, SCHEDULERS, Scheduler, steered_pictures
-from powersteer.model import BPSModel
+from powersteer.hardware import best_device
 from powersteer.pictures import condition_picture, from_pil, save_grid, to_pil
-from powersteer.steering import check_fits
 from powersteer.training.heldout import HeldOut
 from powersteer.training.objective import noise_schedule
 
-SPLITS = ("test", "validation", "val")
-"""Sub-folders that hold what no training saw, the first that is there."""
 FEWEST = 4
 """Pictures."""
 LOSS_DRAWS = 4
@@ -58,7 +56,7 @@ class EvaluateSettings(MeasureSettings):
 
     data: Path
     adapter: str | None = "sketch"
-    """``None`` evaluates the prior."""
+    """Of any kind that `powersteer train` makes, the baselines among them; ``None`` evaluates the prior."""
     base: str = EMBEDDED_BASE
     pairs: int | None = Field(default=None, ge=2)
     """Of the held-out split, evenly spread; all of them by default."""
@@ -82,7 +80,7 @@ class _Subject:
     """What is evaluated, loaded."""
 
     pipe: Any
-    model: BPSModel | None
+    model: Adapter | None
     pairs: Pairs
     kind: str
     palette: dict[str, list[int]]
@@ -140,47 +138,40 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> Eval
         },
         "adapter": None
         if subject.model is None
-        else {"name": settings.adapter, "sha256": weights_sha256(subject.model)},
+        else {
+            "name": settings.adapter,
+            "network": type(subject.model).__name__,
+            "parameters": sum(p.numel() for p in subject.model.parameters()),
+            "sha256": weights_sha256(subject.model),
+        },
         **environment(subject.pipe.device.type),
     }
     return Evaluation(figures, settings.model_dump(mode="json"), provenance, warnings)
 
 
 def held_out_folder(data: Path) -> Path:
-    """The split of a data set that no training saw; a folder without splits is one."""
-    return next((data / name for name in SPLITS if (data / name).is_dir()), data)
-
-
-def conditioning_of(folder: Path) -> dict[str, Any]:
-    """What the data set says of its conditions: ``conditioning`` in a ``dataset.json`` in the folder or the one above.
-
-    Raises:
-        PowersteerError: The file is no JSON object.
-    """
-    for file in (folder / "dataset.json", folder.parent / "dataset.json"):
-        if file.is_file():
-            try:
-                return dict(json.loads(file.read_text(encoding="utf-8")).get("conditioning") or {})
-            except (OSError, ValueError, AttributeError, TypeError) as error:
-                raise PowersteerError(f"{file} is no description of a data set: {error}") from None
-    return {}
+    """The first split of a data set that no training saw; a folder without splits is one."""
+    return next((data / name for name in HELD_OUT if (data / name).is_dir()), data)
 
 
 def _load(settings: EvaluateSettings) -> _Subject:
     pipe: Any = load_base(settings.base)
+    pipe.to(best_device())
     if settings.scheduler is not None:
         pipe.scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler]).from_config(pipe.scheduler.config)
     folder = held_out_folder(settings.data)
-    record = conditioning_of(folder)
-    model = None if settings.adapter is None else load_adapter(settings.adapter)
-    channels = record.get("channels") or 1
+    found = conditioning_of(str(folder))
+    record, channels = dict(found.record), found.channels
+    model = None if settings.adapter is None else load_network(settings.adapter)
     if model is not None:
-        check_fits(model, pipe)
-        channels = model.config["conditioning_channels"]
-        record |= {key: value for key, value in (model.config["conditioning"] or {}).items() if value is not None}
+        check_adapter(model, pipe)
+        channels = channels_of(model)
+        known = record_of(model).get("conditioning") or {}
+        record |= {key: value for key, value in known.items() if value is not None}
+        model.to(pipe.device)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    kind = record.get("kind") or "sketch"
-    pairs = Pairs(folder, (side, side), channels, kind=kind)
+    kind = record["kind"]
+    pairs = Pairs(folder, (side, side), channels, kind=kind, vae_scale_factor=pipe.vae_scale_factor)
     if settings.pairs is not None:
         pairs = pairs.subset(spread(len(pairs), settings.pairs))
     return _Subject(pipe, model, pairs, kind, record.get("palette") or {})

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from powersteer.conditions.extractor import Extractor, Subject
+from powersteer.conditions.palettes import NO_LABEL, Palette
 from powersteer.errors import PowersteerError
 from powersteer.pictures import to_pil
 
-NO_LABEL = -1
 TRIM = 0.01
 """Share of a class's pixels that may lie outside its box on each side: a stray pixel moves no box."""
 DIRECTIONS = 64
@@ -43,16 +43,9 @@ def extracted_labels(
 
 
 def nearest_labels(pictures: torch.Tensor, palette: Mapping[str, Sequence[int]]) -> torch.Tensor:
-    """Each pixel's nearest colour as a label (N, H, W); black, where no class has it, is `NO_LABEL`.
-
-    Args:
-        pictures: (N, 3, H, W) in [0, 1].
-        palette: RGB, 0 to 255, of each class, in the order of their labels; of equal colours, the first counts.
-    """
-    colours = torch.tensor([*palette.values(), (0, 0, 0)], dtype=torch.float32) / 255  # (K + 1, 3)
-    labels = [torch.cdist(picture.float().flatten(1).T, colours).argmin(1) for picture in pictures]
-    found = torch.stack(labels).view(len(pictures), *pictures.shape[-2:])
-    return torch.where(found == len(palette), NO_LABEL, found)
+    """Labels (N, H, W) of pictures (N, 3, H, W) in [0, 1]; see `Palette.labels_of`."""
+    colours = Palette.of_table(palette)
+    return torch.from_numpy(np.stack([colours.labels_of(to_pil(2 * picture - 1)) for picture in pictures]))
 
 
 def mean_iou(wanted: torch.Tensor, found: torch.Tensor, classes: int) -> float:

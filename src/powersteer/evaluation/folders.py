@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from powersteer.base import EMBEDDED_BASE
 from powersteer.conditions.sketch import open_picture
-from powersteer.data.layouts import PICTURE_SUFFIXES
+from powersteer.data.layouts import LAYOUTS, PICTURE_SUFFIXES, read_rows
+from powersteer.data.pairs import Size, cropped
+from powersteer.data.rows import Picture
 from powersteer.errors import PowersteerError
 from powersteer.evaluation.features import FeatureExtractor
 from powersteer.evaluation.figures import GENERATED, REAL, Evaluation, Figure, Value, environment
@@ -22,35 +25,42 @@ from powersteer.evaluation.measures import (
     load_extractors,
     paired,
 )
+from powersteer.generate import pictures_of
 from powersteer.pictures import from_pil
+
+Opened = Mapping[str, Callable[[], torch.Tensor]]
+"""Pictures by name, each read (3, H, W), uint8, when it is asked for."""
 
 
 def evaluate_folders(real: Path, generated: Path, settings: MeasureSettings) -> Evaluation:
     """Distances between two folders; where both have the same names and sizes, figures picture by picture too.
 
     Args:
-        real: A folder of pictures, of any sizes.
-        generated: Another.
+        real: A folder of pictures, of any sizes; or a folder of pairs, whose pictures are cropped as in training to the
+            size of the first generated one.
+        generated: A folder of pictures; of one that `generate` wrote, the grid does not count.
         settings: How they are measured; without a CLIP of its own, by that of the embedded base.
 
     Raises:
         PowersteerError: A folder is missing or has no pictures, a picture cannot be read, or weights or a package that
             a measure needs are not there.
     """
-    files = {REAL: _picture_files(real), GENERATED: _picture_files(generated)}
+    made = _pictures(generated)
+    height, width = next(iter(made.values()))().shape[-2:]
+    pictures = {REAL: _real(real, (height, width)), GENERATED: made}
     figures: list[Figure] = []
     warnings: list[str] = []
     for name, extractor in load_extractors(settings, load_clip_of(settings, EMBEDDED_BASE)).items():
-        features = {kind: _features(extractor, part, settings.batch_size) for kind, part in files.items()}
+        features = {kind: _features(extractor, part, settings.batch_size) for kind, part in pictures.items()}
         of_one, warning = distances(name, extractor.record(), features[REAL], {GENERATED: features[GENERATED]})
         figures += of_one
         if warning is not None and warning not in warnings:
             warnings.append(warning)
-    if [file.stem for file in files[REAL]] == [file.stem for file in files[GENERATED]]:
-        figures += _picture_by_picture(files[REAL], files[GENERATED], settings)
+    if [Path(name).stem for name in pictures[REAL]] == [Path(name).stem for name in made]:
+        figures += _picture_by_picture(list(pictures[REAL].values()), list(made.values()), settings)
     provenance = {
         **{
-            kind: {"folder": str(folder), "pictures": len(files[kind])}
+            kind: {"folder": str(folder), "pictures": len(pictures[kind])}
             for kind, folder in ((REAL, real), (GENERATED, generated))
         },
         **environment("cpu"),
@@ -58,11 +68,15 @@ def evaluate_folders(real: Path, generated: Path, settings: MeasureSettings) -> 
     return Evaluation(figures, settings.model_dump(mode="json"), provenance, warnings)
 
 
-def _picture_by_picture(real: Sequence[Path], generated: Sequence[Path], settings: MeasureSettings) -> list[Figure]:
+def _picture_by_picture(
+    real: Sequence[Callable[[], torch.Tensor]],
+    generated: Sequence[Callable[[], torch.Tensor]],
+    settings: MeasureSettings,
+) -> list[Figure]:
     """One pair at a time: sizes may differ from pair to pair. Nothing where they differ within one."""
     rows: list[list[Figure]] = []
     for one, other in zip(real, generated, strict=True):
-        pictures = {REAL: _open(one)[None], GENERATED: _open(other)[None]}
+        pictures = {REAL: one()[None], GENERATED: other()[None]}
         if pictures[REAL].shape != pictures[GENERATED].shape:
             return []
         rows.append(paired(pictures, settings))
@@ -74,25 +88,43 @@ def _picture_by_picture(real: Sequence[Path], generated: Sequence[Path], setting
     return figures
 
 
-def _picture_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise PowersteerError(f"{folder} is no folder: give one with pictures")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+def _real(folder: Path, size: Size) -> Opened:
+    """The pictures of a folder as they are; those of a folder of pairs cropped to a size (height, width)."""
+    if _files(folder) or not any(layout.fits(folder) for layout in LAYOUTS):
+        return _pictures(folder)
+    rows = read_rows(folder)
+    return {str(i): partial(_cropped, row.image, size) for i, row in enumerate(rows)}
+
+
+def _pictures(folder: Path) -> Opened:
+    files = _files(folder)
     if not files:
         raise PowersteerError(f"{folder} has no pictures ({', '.join(PICTURE_SUFFIXES)})")
-    return files
+    return {file.name: partial(_open, file) for file in files}
+
+
+def _files(folder: Path) -> list[Path]:
+    """The pictures of a folder; of what `generate` wrote, without the grid."""
+    if not folder.is_dir():
+        raise PowersteerError(f"{folder} is no folder: give one with pictures")
+    pictures = [file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES]
+    return pictures_of(folder) or sorted(pictures)
 
 
 def _open(file: Path) -> torch.Tensor:
     return as_bytes(from_pil(open_picture(file)))
 
 
-def _features(extractor: FeatureExtractor, files: Sequence[Path], size: int) -> torch.Tensor:
+def _cropped(picture: Picture, size: Size) -> torch.Tensor:
+    return as_bytes(cropped(picture.open("RGB"), size))
+
+
+def _features(extractor: FeatureExtractor, pictures: Opened, size: int) -> torch.Tensor:
     """Features (N, D); neighbours of one size are looked at together."""
     features: list[torch.Tensor] = []
     batch: list[torch.Tensor] = []
-    for file in files:
-        picture = _open(file)
+    for opened in pictures.values():
+        picture = opened()
         if batch and (len(batch) == size or batch[0].shape != picture.shape):
             features.append(extractor(as_floats(torch.stack(batch))))
             batch = []

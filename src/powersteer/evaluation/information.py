@@ -152,7 +152,7 @@ def measure_information(
 
 
 def denoiser_errors(pipe: Any, model: Adapter, pairs: EncodedPairs, *, batch_size: int = 64) -> ErrorsOf:
-    """Errors of a base and of a network that steers it, on encoded pairs."""
+    """Errors of a base, and of it with a network of any kind attached, on encoded pairs."""
     scheduler = noise_schedule(pipe)
 
     def errors(kind: Kind, timesteps: torch.Tensor, seed: int) -> torch.Tensor:

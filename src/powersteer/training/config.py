@@ -85,7 +85,7 @@ class TrainConfig(StrictConfig):
     """Width of CP and TP at each level, instead of the shape's own."""
     up_channels: tuple[int, ...] | None = None
     """Width of EP at each level."""
-    ablation: Literal["no-time", "added-once"] | None = None
+    ablation: Literal["no-time", "added-once", "conditional-half"] | None = None
     """Leave something out of the method; see `powersteer.ablations`."""
     conditioning_channels: int | None = Field(default=None, gt=0)
     """1 (grey), 3 (RGB), 4 (RGBA: colour and structure), or a feature map's; by default what the data's
@@ -191,6 +191,11 @@ class TrainConfig(StrictConfig):
         if isinstance(values, dict) and values.get("preset") in PRESETS:
             return PRESETS[values["preset"]] | values
         return values
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        return "no" if value is False else value  # as YAML reads it
 
     @field_validator("resume_from_checkpoint")
     @classmethod

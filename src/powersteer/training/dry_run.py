@@ -20,6 +20,7 @@ from powersteer.training.memory import MemoryEstimate, estimate_memory
 from powersteer.training.setup import (
     autocast_dtype,
     base_dtype,
+    check_splits,
     network_arguments,
     picture_size,
     precision_of,
@@ -54,8 +55,9 @@ def dry_run(config: TrainConfig, processes: int = 1) -> DryRun:
         processes: How many it would be launched with.
 
     Raises:
-        PowersteerError: There is no such base, or the resolution does not fit it.
+        PowersteerError: There is no such base, the resolution does not fit it, or the training pairs are held out.
     """
+    check_splits(config)
     unet, vae, scheduler, text_encoders = _base_configs(config.pretrained_model_name_or_path)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     size, step = picture_size(config, unet, factor)

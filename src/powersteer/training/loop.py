@@ -128,7 +128,7 @@ def fit(
         description: For the progress bar.
 
     Returns:
-        How far it came, and whether it was interrupted.
+        How far it came, and whether it was told to stop: then what comes after the loop must not begin either.
 
     Raises:
         PowersteerError: The output folder or a checkpoint is unusable, or a loss or gradient became non-finite.
@@ -273,7 +273,8 @@ def fit(
             monitor.advance(state.step, state.loss, share.batch_size)
             if state.step % config.checkpointing_steps == 0 or interrupted or finished():
                 save()
-    return state, interrupted and not finished()
+    told: Any = accelerator.gather(torch.tensor([stop.is_set()], device=accelerator.device))  # be it in the last update
+    return state, bool(told.any())
 
 
 def _moved(inputs: dict[str, Any], **to: Any) -> dict[str, Any]:

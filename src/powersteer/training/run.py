@@ -26,6 +26,7 @@ from powersteer.training.heldout import HeldOut
 from powersteer.training.loop import PROBE, Source, TrainState, fit
 from powersteer.training.setup import (
     base_dtype,
+    check_splits,
     columns_of,
     conditioning,
     make_accelerator,
@@ -52,6 +53,7 @@ class TrainResult:
     control_step: int | None
     """When the condition was first seen to be used."""
     interrupted: bool
+    """Told to stop, be it in the last update."""
     main_process: bool = True
     """Of several, the one that speaks."""
 
@@ -64,8 +66,10 @@ def train(config: TrainConfig) -> TrainResult:
     """Train a steering network, or go on training it, in ``config.output_dir``.
 
     Raises:
-        PowersteerError: The base, the data or the output folder is unusable, or the loss became non-finite.
+        PowersteerError: The base, the data or the output folder is unusable, or the loss became non-finite; or the
+            training pairs are held out.
     """
+    check_splits(config)
     accelerator = make_accelerator(config)
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from accelerate.utils import ProjectConfiguration
 
 from powersteer.adapters import Adapter, check_adapter, load_network, make_adapter, save_activation_memory
 from powersteer.conditions.kinds import FEATURE
-from powersteer.data.conditioning import Conditioning, conditioning_of
+from powersteer.data.conditioning import DATASET_FILE, HELD_OUT, Conditioning, conditioning_of
 from powersteer.data.layouts import Columns, hub_rows
 from powersteer.data.pairs import Pairs, Size, Views, bucket_sizes
 from powersteer.errors import PowersteerError
@@ -131,6 +131,29 @@ def update_count(config: TrainConfig, pairs: int, processes: int) -> int:
         return config.max_train_steps
     batch = config.train_batch_size * config.gradient_accumulation_steps * processes
     return -(-pairs // batch) * (config.num_train_epochs or 1)
+
+
+def check_splits(config: TrainConfig) -> None:
+    """Refuse to train on what is held out.
+
+    Raises:
+        PowersteerError: ``train_data_dir`` is a held-out split of a prepared data set, or ``validation_data_dir`` too.
+    """
+    if config.train_data_dir is None:
+        return
+    folder = Path(config.train_data_dir).resolve()
+    if folder.suffix == ".tar":  # a pattern of shards
+        folder = folder.parent
+    if folder.name in HELD_OUT and (folder.parent / DATASET_FILE).is_file():
+        raise PowersteerError(
+            f"train_data_dir={config.train_data_dir} is held out of the data set in {folder.parent}: train on "
+            f"{folder.parent / 'train'}"
+        )
+    if config.validation_data_dir is not None and folder == config.validation_data_dir.resolve():
+        raise PowersteerError(
+            f"train_data_dir and validation_data_dir are both {config.train_data_dir}: hold other pairs out, or give "
+            "validation_split instead of validation_data_dir"
+        )
 
 
 def conditioning(config: TrainConfig) -> Conditioning:
