@@ -43,6 +43,18 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return MATH.sub(lambda found: f'<div class="equation">{convert(found[1].strip(), display="block")}</div>', markdown)
 
 
+def on_post_page(output: str, *, page: Any, **_: Any) -> str:
+    """Fonts, scripts and pictures come with the site.
+
+    Raises:
+        ValueError: A page would fetch something from elsewhere.
+    """
+    fetched = re.findall(r'(?:src="|<link[^>]* rel="stylesheet"[^>]* href=")(https?://[^"]+)', output)
+    if fetched:
+        raise ValueError(f"{page.file.src_uri} fetches {fetched}: put it into docs/")
+    return output
+
+
 def with_messages(page: str, found: list[Message]) -> str:
     """Each marker followed by a list of its messages.
 
@@ -68,8 +80,8 @@ def help_texts() -> str:
         context = command.context_class(command, info_name=path[-1], parent=parent, terminal_width=80)
         name = " ".join(path)
         found = [f"### {name}\n\n```text\n{command.get_help(context)}\n```\n"]
-        for inner, child in getattr(command, "commands", {}).items():
-            found += sections(child, (*path, inner), context)
+        for inner in command.list_commands(context) if hasattr(command, "commands") else ():
+            found += sections(command.commands[inner], (*path, inner), context)
         return found
 
     return "\n".join(sections(typer.main.get_command(app), ("powersteer",), None))

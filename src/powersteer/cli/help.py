@@ -26,12 +26,18 @@ class Commands(TyperGroup):
         for command in self.commands.values():
             _name_values(command)
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order of the panels."""
+        placed = [name for names in PANELS.values() for name in names if ctx.parent is None and name in self.commands]
+        return list(dict.fromkeys([*placed, *self.commands]))
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Panel by panel; sentences wrap where typer would cut them."""
-        rows = {name: command.get_short_help_str(limit=1000) for name, command in self.commands.items()}
+        rows = {name: self.commands[name].get_short_help_str(limit=1000) for name in self.list_commands(ctx)}
         for panel, names in PANELS.items():
-            listed = [(name, rows.pop(name)) for name in names if name in rows and ctx.parent is None]
-            _section(formatter, panel, listed)
+            _section(
+                formatter, panel, [(name, rows.pop(name)) for name in names if name in rows and ctx.parent is None]
+            )
         _section(formatter, "Commands", list(rows.items()))
 
 
