@@ -46,8 +46,8 @@ def test_from_pictures_to_steered_ones(task, tmp_path, monkeypatch, some_drawing
     args += ["weights=uniform"] if task == "layout" else []
     args += ["train_batch_size=4", "max_train_steps=3", "validation_steps=3", "num_validation_images=2"]
     powersteer(monkeypatch, "train", "configs/many-pairs.yaml", *args)
-    powersteer(monkeypatch, "evaluate", pairs, "--adapter", run, "--pictures", 4, "--steps", 2, "--diversity", 0, "--draws", 1,
-               "--json", tmp_path / "figures.json", "--save-pictures", tmp_path / "pictures")  # fmt: skip
+    powersteer(monkeypatch, "evaluate", pairs, "--adapter", run, "--pictures", 4, "--steps", 2, "--diversity", 0,
+               "--draws", 1, "--json", tmp_path / "figures.json", "--save-pictures", tmp_path / "pictures")  # fmt: skip
 
     model = load_adapter(str(run))
     channels, weight = KINDS[task]

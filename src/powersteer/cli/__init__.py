@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from powersteer.cli import bench
+from powersteer.cli.help import Commands
 from powersteer.cli.output import out, write_json
 from powersteer.errors import PowersteerError
 
@@ -21,14 +22,15 @@ if TYPE_CHECKING:
     from powersteer.training.config import TrainConfig
 
 app = typer.Typer(
+    cls=Commands,
     help="Steer a frozen text-to-image diffusion model with a picture of yours (Bayesian Power Steering).",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
 )
 app.add_typer(bench.app, name="bench")
-data = typer.Typer(help="Look at training pairs.", no_args_is_help=True)
+data = typer.Typer(cls=Commands, help="Look at training pairs.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, name="data")
 
 
@@ -38,15 +40,15 @@ def generate(
         list[Path] | None,
         typer.Option(help="What to follow: PNG, JPEG, … (features: .npy); once for each adapter."),
     ] = None,
-    prompt: Annotated[str, typer.Option(help="What it shows.", show_default=False)] = "",
+    prompt: Annotated[str, typer.Option(help="What the picture shows.", show_default=False)] = "",
     adapter: Annotated[
         list[str] | None, typer.Option(help="'sketch' (the default), or a folder that `train` wrote; may be repeated.")
     ] = None,
     base: Annotated[
         str, typer.Option(help="The frozen base: a name, a folder, or a model of the Hub.")
     ] = "powersteer-tiny",
-    negative_prompt: Annotated[str, typer.Option(help="What to keep away from.")] = "",
-    seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
+    negative_prompt: Annotated[str, typer.Option(help="What to keep away from.", show_default=False)] = "",
+    seed: Annotated[int, typer.Option(help="Of the first picture's noise; then one more for each.")] = 0,
     num_images: Annotated[int, typer.Option(min=1, help="Pictures, one seed each.")] = 4,
     manifest: Annotated[
         Path | None,
@@ -107,16 +109,18 @@ def generate(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as many as you like.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As many as you like; they win over the file.")
+    ] = None,
     dry: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained and the memory it takes; load nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result, or the dry run, as JSON.")] = False,
 ) -> None:
-    """Train a steering network on pairs; the same command goes on with an interrupted run.
+    """Train a steering network on pairs. The same command goes on with an interrupted run.
 
-    On several GPUs or machines: accelerate launch --config_file configs/accelerate/….yaml -m powersteer.train
-    CONFIG [key=value …]. --dry-run prints every key.
+    On several GPUs or machines: accelerate launch --config_file configs/accelerate/one-machine.yaml
+    -m powersteer.train CONFIG [KEY=VALUE]... What keys there are: see --dry-run.
     """
     from powersteer.config import load_config
     from powersteer.training.config import TrainConfig
@@ -132,10 +136,12 @@ def train(
         return
     if as_json:
         out.print_json(json.dumps(result.as_json()))
-    if result.interrupted:
+    elif result.interrupted:
         out.print(f"stopped at step {result.step}; the same command goes on from there")
+    else:
+        out.print(f"{result.adapter_dir}: best weights are of step {result.best_step} of {result.step}", soft_wrap=True)
+    if result.interrupted:
         raise typer.Exit(130)
-    out.print(f"{result.adapter_dir}: best weights are of step {result.best_step} of {result.step}", soft_wrap=True)
 
 
 def _dry_run(settings: TrainConfig, as_json: bool) -> None:
@@ -255,7 +261,9 @@ def prepare(
         str | None, typer.Argument(help="A folder of pictures, a COCO 2017 or ADE20K root, or openmoji.")
     ] = None,
     out_dir: Annotated[Path | None, typer.Argument(help="A new folder for the pairs.")] = None,
-    settings: Annotated[list[str] | None, typer.Argument(help="key=value, of the extractor.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings of the extractor.")
+    ] = None,
     extractor: Annotated[str | None, typer.Option(help="What makes the conditions; --list has all.")] = None,
     captions: Annotated[str, typer.Option(help="Of several: all, first or random.")] = "all",
     resolution: Annotated[int | None, typer.Option(help="Pixels of the shorter side; else as they are.")] = None,
@@ -265,11 +273,11 @@ def prepare(
     shard_index: Annotated[int, typer.Option(help="The part to do here, from 0.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
     show_list: Annotated[bool, typer.Option("--list", help="Print all extractors, and what each needs.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result, or the list, as JSON.")] = False,
 ) -> None:
-    """Make pairs to train on of pictures; the same command goes on with a run that was interrupted."""
+    """Make pairs to train on of pictures. The same command goes on with a run that was interrupted."""
     if show_list:
-        _list_extractors()
+        _list_extractors(as_json)
         return
     if task is None or source is None or out_dir is None:
         raise PowersteerError("give TASK, SOURCE and OUT_DIR: such as prepare sketch my/pictures my/pairs")
@@ -293,12 +301,16 @@ def prepare(
         out.print("other parts are not done yet: the last to be done completes the data set")
 
 
-def _list_extractors() -> None:
+def _list_extractors(as_json: bool) -> None:
     from importlib import import_module
 
     from powersteer.conditions.extractor import EXTRACTORS
 
     import_module("powersteer.conditions.catalogue")  # registers them
+    if as_json:
+        known = [{"task": one.task, "extractor": one.name, "needs": one.needs} for one in EXTRACTORS.known.values()]
+        out.print_json(json.dumps(known))
+        return
     table = Table("task", "extractor", "needs")
     for one in EXTRACTORS.known.values():
         table.add_row(one.task, one.name, one.needs)
@@ -308,9 +320,12 @@ def _list_extractors() -> None:
 @app.command()
 def pretrain(
     config: Annotated[Path, typer.Argument(help="See configs/powersteer-tiny.yaml.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value; a dot reaches into sections.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="They win over the file; a dot reaches into sections."),
+    ] = None,
 ) -> None:
-    """Build the embedded base from icon sets, stage by stage; the same command goes on where it stopped."""
+    """Build the embedded base from icon sets, stage by stage. The same command goes on where it stopped."""
     from powersteer.config import load_config
     from powersteer.pretrain.config import PretrainConfig
     from powersteer.pretrain.stages import pretrain as run
@@ -381,11 +396,14 @@ def demo(
 @app.command()
 def compare(
     experiment: Annotated[Path, typer.Argument(help="See configs/experiments/.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value; a dot reaches into sections.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="They win over the file; a dot reaches into sections."),
+    ] = None,
     report: Annotated[bool, typer.Option("--report", help="Only write tables and plots of what is done.")] = False,
     out_file: Annotated[Path, typer.Option("--out", help="The report; plots go beside it.")] = Path("docs/results.md"),
 ) -> None:
-    """Train methods × numbers of pairs × seeds and measure them alike; the same command goes on where it stopped."""
+    """Train methods × numbers of pairs × seeds and measure them alike. The same command goes on where it stopped."""
     from powersteer.compare import ExperimentConfig
     from powersteer.compare import compare as run
     from powersteer.compare_report import write_report
@@ -411,9 +429,9 @@ def data_check(
     kind: Annotated[
         str | None, typer.Option(help="sketch, segmentation, layout, …; else what dataset.json says, else sketch.")
     ] = None,
-    image_column: Annotated[str, typer.Option(help="Where columns have names.")] = "image",
-    conditioning_image_column: Annotated[str, typer.Option(help="Where columns have names.")] = "conditioning_image",
-    caption_column: Annotated[str, typer.Option(help="Where columns have names.")] = "text",
+    image_column: Annotated[str, typer.Option(help="Of pictures, where columns have names.")] = "image",
+    conditioning_image_column: Annotated[str, typer.Option(help="Of conditions.")] = "conditioning_image",
+    caption_column: Annotated[str, typer.Option(help="Of captions.")] = "text",
     default_prompt: Annotated[str | None, typer.Option(help="Caption of pairs that have none.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -460,7 +478,7 @@ def main() -> None:
     try:
         app()
     except PowersteerError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         sys.exit(2)
 
 

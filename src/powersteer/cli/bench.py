@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from powersteer.cli.help import Commands
 from powersteer.cli.output import out, write_json
 from powersteer.errors import PowersteerError
 
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
     from powersteer.bench.shapes import Shape
 
-app = typer.Typer(help="Measure what the documentation states.", no_args_is_help=True)
+app = typer.Typer(
+    cls=Commands, help="Measure what the documentation states.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.command("steering")
@@ -55,7 +58,9 @@ def bench_train(
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32, bfloat16 or float16.")] = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 1,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="In U-Net and network.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="In U-Net and network.")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Turns.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
