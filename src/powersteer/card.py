@@ -58,7 +58,7 @@ def model_card(folder: Path, name: str | None = None) -> str:
         raise PowersteerError(f"{folder} holds no config.json: give the folder of a trained adapter")
     settings = _read_yaml(folder / "train.yaml")
     data = _data(settings)
-    condition = dict(config.get("conditioning") or {"kind": "controlnet"})
+    condition = dict(config.get("conditioning") or {"kind": settings.get("conditioning_kind") or "picture"})
     base, licence = _base(config, settings), _licence(data)
     on_hub = not Path(base).exists()
     base = base if on_hub else Path(base).name
@@ -84,7 +84,7 @@ def model_card(folder: Path, name: str | None = None) -> str:
         *(f"![{caption}]({file})\n\n*{caption}.*" for file, caption in pictures_of(folder).items()),
         _use(name, base, config) if config.get("_class_name") == "BPSModel" else "",
         _facts(config, condition, data, settings),
-        _figures(folder),
+        _figures(folder, refitted=bool(settings.get("refit"))),
         _measured(_read_json(folder / "metrics.json")),
         _command(settings),
         f"## Licence\n\n{licence}, as its data."
@@ -134,7 +134,8 @@ def _facts(
     config: Mapping[str, Any], condition: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> str:
     """What it reads, what it is, what it learned from."""
-    reads = f"{config.get('conditioning_channels', 1)} channels"
+    channels = config.get("conditioning_channels", 1)
+    reads = "one channel" if channels == 1 else f"{channels} channels"
     if condition.get("range"):
         reads += " in [{:g}, {:g}]".format(*condition["range"])
     if condition.get("polarity"):
@@ -162,7 +163,7 @@ def _facts(
     )
 
 
-def _figures(folder: Path) -> str:
+def _figures(folder: Path, *, refitted: bool) -> str:
     """The best row of the log, as the run chose it."""
     try:
         rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -173,6 +174,7 @@ def _figures(folder: Path) -> str:
         return ""
     held_out = rows[-1]["on"] == "held-out pairs"
     best = min(rows, key=lambda row: row["steered"]) if held_out else rows[-1]
+    note = " These weights were then trained anew on all pairs, for as many updates." if refitted else ""
     losses = [f"{best[kind]:.4f}" for kind in ("prior", "steered", "shuffled")]
     gaps = [f"{best[kind]:.4f} ± {best[f'{kind}_error']:.4f}" for kind in ("gain", "control")]
     return f"""## Figures
@@ -183,7 +185,7 @@ Denoising loss on {best["on"]}, same noise for all, at step {best["step"]} of {r
 |---|---|---|---|---|
 | {" | ".join([*losses, *gaps])} |
 
-Gain: prior less steered. Control: how much worse it is with another picture's condition."""
+Gain: prior less steered. Control: how much worse it is with another picture's condition.{note}"""
 
 
 def _measured(metrics: Mapping[str, Any]) -> str:
