@@ -245,7 +245,7 @@ def test_a_damaged_folder_is_refused(pipe, tmp_path):
     with pytest.raises(PowersteerError, match=r"cannot load the network in .*a"):
         load_network(tmp_path / "a")
     (tmp_path / "a" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
-    with pytest.raises(PowersteerError, match="cannot load the adapter"):
+    with pytest.raises(PowersteerError, match="is of the class AutoencoderKL, not a BPS network"):
         load_network(tmp_path / "a")
 
 

@@ -104,13 +104,12 @@ def load_network(name_or_path: str | Path) -> Adapter:
     config = Path(name_or_path) / "config.json"
     try:
         kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.exists() else None
-        if kind not in _CLASSES:
-            return load_adapter(str(name_or_path))
-        network: Any = _CLASSES[kind].from_pretrained(str(name_or_path), torch_dtype=torch.float32)
+        known = _CLASSES.get(kind)
+        network: Any = known and known.from_pretrained(str(name_or_path), torch_dtype=torch.float32)
     except (OSError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PowersteerError(f"cannot load the network in {name_or_path}: {reason}") from None
-    return network.eval()
+    return load_adapter(str(name_or_path)) if network is None else network.eval()
 
 
 def record_of(network: Adapter) -> Mapping[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from powersteer.errors import PowersteerError
+from powersteer.hub import CONFIG, WEIGHTS, fetch
 from powersteer.model import BPSModel
 
 EMBEDDED_BASE = "powersteer-tiny"
@@ -60,22 +63,48 @@ def load_base(name_or_path: str = EMBEDDED_BASE, dtype: torch.dtype = torch.floa
 
 
 def load_adapter(name_or_path: str) -> BPSModel:
-    """A trained steering network: ``sketch`` (embedded), a folder, or a model of the Hub.
+    """A trained steering network: ``sketch`` (embedded), a folder, or ``user/name`` on the Hub.
 
     Raises:
-        PowersteerError: There is no such adapter, or it is not a BPS network.
+        PowersteerError: There is no such adapter, it is not a BPS network, or a newer powersteer wrote it.
     """
     path = embedded(EMBEDDED_ADAPTERS[name_or_path]) if name_or_path in EMBEDDED_ADAPTERS else Path(name_or_path)
-    if path.exists() and not (path / "config.json").exists():
-        raise PowersteerError(f"{path} holds no config.json: give the folder of a trained adapter")
+    remote = not path.exists()
+    if remote:
+        path = fetch(name_or_path, CONFIG)  # before the weights: those of something else may be many gigabytes
+    _check_config(path / CONFIG, name_or_path)
+    if remote:
+        path = fetch(name_or_path, CONFIG, WEIGHTS)
     try:
-        return BPSModel.from_pretrained(str(path) if path.exists() else name_or_path, torch_dtype=torch.float32).eval()
+        model = BPSModel.from_pretrained(str(path), torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PowersteerError(
             f"cannot load the adapter '{name_or_path}': give 'sketch', a folder that `powersteer train` wrote, or a "
             f"model of the Hub ({reason})"
         ) from None
+    return model.eval()
+
+
+def _check_config(file: Path, name: str) -> None:
+    """Refuse what is no adapter, and one with settings that this version would only ignore."""
+    if not file.exists():
+        raise PowersteerError(f"{name} holds no {CONFIG}: give the folder of a trained adapter, or its name on the Hub")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind, keys = config["_class_name"], {key for key in config if not key.startswith("_")}
+    except (ValueError, TypeError, KeyError):
+        raise PowersteerError(f"cannot load the adapter '{name}': its {CONFIG} is not an adapter's") from None
+    if kind != BPSModel.__name__:
+        raise PowersteerError(
+            f"{name} is of the class {kind}, not a BPS network: give a folder that `powersteer train` wrote"
+        )
+    unknown = sorted(keys - set(signature(BPSModel.__init__).parameters))
+    if unknown:
+        raise PowersteerError(
+            f"{name} was written by a newer powersteer, with the setting '{unknown[0]}' that this one does not know: "
+            "pip install --upgrade powersteer"
+        )
 
 
 def load_clip(base: Path) -> tuple[CLIPModel, CLIPTokenizer]:

@@ -27,12 +27,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 
 from powersteer.errors import PowersteerError
 from powersteer.fingerprint import fingerprint
+from powersteer.hub import HubMixin
 from powersteer.presets import network_shape
 
 GROUP_NORM_EPS = 1e-5
@@ -99,7 +100,7 @@ class SelfAttention(nn.Module):
         return x + self.to_out(h.transpose(-1, -2).reshape(x.shape))
 
 
-class BPSModel(ModelMixin, ConfigMixin):
+class BPSModel(HubMixin, ConfigMixin):
     """The steering network for one U-Net shape and one kind of condition; see `from_unet`.
 
     Args:
@@ -223,8 +224,7 @@ class BPSModel(ModelMixin, ConfigMixin):
             ValueError: ``preset`` or ``weights`` is unknown, or ``weights`` of the wrong length.
         """
         shape: dict[str, Any] = network_shape(unet, preset, weights) | {"base": fingerprint(unet, prediction_type)}
-        shape |= config
-        return cls(conditioning_channels=conditioning_channels, pixel_unshuffle=pixel_unshuffle, **shape)
+        return cls(conditioning_channels=conditioning_channels, pixel_unshuffle=pixel_unshuffle, **shape | config)
 
     @classmethod
     def from_original(cls, source: str | PathLike[str] | Mapping[str, torch.Tensor], **config: Any) -> BPSModel:

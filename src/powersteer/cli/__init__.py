@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from powersteer.cli import bench
+from powersteer.cli import bench, hub
 from powersteer.cli.help import Commands
 from powersteer.cli.output import out, write_json
 from powersteer.errors import PowersteerError
@@ -32,6 +32,8 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 data = typer.Typer(cls=Commands, help="Look at training pairs.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, name="data")
+app.command()(hub.card)
+app.command()(hub.push)
 
 
 @app.command()
@@ -42,7 +44,10 @@ def generate(
     ] = None,
     prompt: Annotated[str, typer.Option(help="What the picture shows.", show_default=False)] = "",
     adapter: Annotated[
-        list[str] | None, typer.Option(help="'sketch' (the default), or a folder that `train` wrote; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="'sketch' (the default), a folder that `train` wrote, or user/name on the Hub; may be repeated."
+        ),
     ] = None,
     base: Annotated[
         str, typer.Option(help="The frozen base: a name, a folder, or a model of the Hub.")

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from powersteer.adapters import load_network
 from powersteer.base import load_base
+from powersteer.card import write_card
 from powersteer.config import save_config
 from powersteer.data.encode import EncodedPairs, Encoder, encode_pairs
 from powersteer.data.pairs import Pairs, Size, Transform, Views, spread
@@ -100,6 +101,8 @@ def train(config: TrainConfig) -> TrainResult:
             raise
         raise PowersteerError(_memory_advice(config)) from None
     accelerator.end_training()
+    if accelerator.is_main_process and not interrupted:
+        write_card(config.output_dir)
     return TrainResult(
         config.output_dir,
         state.step,
