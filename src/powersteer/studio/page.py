@@ -19,9 +19,10 @@ from powersteer.errors import PowersteerError
 from powersteer.evaluation.report import curves
 from powersteer.generate import SCHEDULERS
 from powersteer.metadata import read_metadata
+from powersteer.studio.progress import Progress, Stopped
 from powersteer.studio.recipe import as_command, as_python
 from powersteer.studio.training import PairsFound, Training
-from powersteer.studio.work import AS_IT_IS, LIVE_SCHEDULER, LIVE_STEPS, Progress, Result, Stopped, Studio, Wanted, Wish
+from powersteer.studio.work import AS_IT_IS, LIVE_SCHEDULER, LIVE_STEPS, Result, Studio, Wanted, Wish
 
 CONDITIONS = 3
 """Canvases on the page."""
@@ -68,35 +69,29 @@ def build(studio: Studio, training: Training, *, local: bool) -> gr.Blocks:
 
 def _draw_tab(page: gr.Blocks, studio: Studio) -> list[gr.Dropdown]:
     made = gr.State(None)
-    slots: list[list[Any]] = []
-    with gr.Row(equal_height=False):
-        with gr.Column(**_WIDE):
+    with gr.Row(equal_height=False, elem_id="room"):
+        with gr.Column(elem_id="sheet", **_WIDE):
             prompt = gr.Textbox("", label="Prompt", placeholder="a fox", elem_id="prompt", max_lines=2)
-            slots.append(_condition(studio, 0))
+            canvas = _canvas(0)
             with gr.Row():
                 go = gr.Button("Generate", variant="primary", elem_id="go", min_width=110)
                 halt = gr.Button("Stop", elem_id="halt", min_width=80)
                 again = gr.Button("New seed", elem_id="again", min_width=100)
             live = gr.Checkbox(True, label=f"Make a picture after every stroke ({LIVE_STEPS} steps)", elem_id="live")
-            for i in range(1, CONDITIONS):
-                with gr.Accordion(f"Condition {i + 1}", open=False, elem_id=f"more-{i}"):
-                    slots.append(_condition(studio, i))
-            with gr.Accordion("Settings", open=False, elem_id="settings"):
-                negative = gr.Textbox("", label="Negative prompt", elem_id="negative")
-                with gr.Row():
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=90)
-                    count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Pictures", elem_id="count", min_width=140)
-                steps = gr.Slider(1, 100, 30, step=1, label="Steps", elem_id="steps")
-                guidance = gr.Slider(1, 15, 3, step=0.1, label="Guidance scale", elem_id="guidance")
-                scheduler = gr.Dropdown([OWN_SCHEDULER, *SCHEDULERS], value=OWN_SCHEDULER, label="Scheduler")
-                compare = gr.Checkbox(True, label="Compare with the prior, from the same noise", elem_id="compare")
-        with gr.Column(**_WIDE):
+        with gr.Column(elem_id="pictures", **_WIDE):
             status = gr.HTML(_status("Draw something: a picture of it comes here."), elem_id="status")
             with gr.Row():
                 prior = gr.Image(label="Prior", format="png", buttons=[], elem_id="prior", min_width=120)
                 steered = gr.Image(label="Steered", format="png", buttons=[], elem_id="steered", min_width=120)
             strip = gr.Gallery(
-                label="Seeds", columns=4, allow_preview=False, height="auto", buttons=[], visible=False, elem_id="strip"
+                label="Seeds (choose one)",
+                columns=4,
+                object_fit="contain",
+                allow_preview=False,
+                height="auto",
+                buttons=[],
+                visible=False,
+                elem_id="strip",
             )
             spread = gr.Image(
                 label="Where your drawing leaves freedom",
@@ -106,11 +101,29 @@ def _draw_tab(page: gr.Blocks, studio: Studio) -> list[gr.Dropdown]:
                 elem_id="spread",
             )
             with gr.Accordion("Settings of this picture", open=False, elem_id="recipe"):
-                command = gr.Code(language="shell", label="Command", elem_id="command", interactive=False)
+                command = gr.Code(
+                    language="shell", label="Command", elem_id="command", interactive=False, wrap_lines=True
+                )
                 snippet = gr.Code(language="python", label="Python", elem_id="snippet", interactive=False)
-                record = gr.Code(language="json", label="Settings", elem_id="record", interactive=False)
-            downloads = gr.File(label="Download the picture and its drawings", elem_id="downloads", visible=False)
+                record = gr.Code(language="json", label="Settings", elem_id="record", interactive=False, max_lines=12)
+            downloads = gr.File(
+                label="Download the picture and its drawings", elem_id="downloads", visible=False, interactive=False
+            )
             reload = gr.UploadButton("Reload a picture made here", file_types=[".png"], size="sm", elem_id="reload")
+        with gr.Column(elem_id="choices", **_WIDE):
+            slots = [_condition(studio, 0, canvas)]
+            for i in range(1, CONDITIONS):
+                with gr.Accordion(f"Condition {i + 1}", open=False, elem_id=f"more-{i}"):
+                    slots.append(_condition(studio, i, _canvas(i)))
+            with gr.Accordion("Settings", open=False, elem_id="settings"):
+                negative = gr.Textbox("", label="Negative prompt", elem_id="negative")
+                with gr.Row():
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=90)
+                    count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Pictures", elem_id="count", min_width=140)
+                steps = gr.Slider(1, 100, 30, step=1, label="Steps", elem_id="steps")
+                guidance = gr.Slider(1, 15, 3, step=0.1, label="Guidance scale", elem_id="guidance")
+                scheduler = gr.Dropdown([OWN_SCHEDULER, *SCHEDULERS], value=OWN_SCHEDULER, label="Scheduler")
+                compare = gr.Checkbox(True, label="Compare with the prior, from the same noise", elem_id="compare")
 
     one = [prior, steered, command, snippet, record, downloads]
     outputs = [status, *one, strip, spread, made]
@@ -174,19 +187,21 @@ def _draw_tab(page: gr.Blocks, studio: Studio) -> list[gr.Dropdown]:
     return [slot[0] for slot in slots]
 
 
-def _condition(studio: Studio, index: int) -> list[Any]:
-    """The inputs of one condition: adapter, canvas, scale, start, end."""
-    choices = studio.adapters()
-    first = choices[0] if index == 0 and choices else None
-    name = f"Canvas {index + 1}"
-    canvas = gr.HTML(
+def _canvas(index: int) -> gr.HTML:
+    return gr.HTML(
         None,
         html_template=_asset("canvas.html"),
         css_template=_asset("canvas.css"),
         js_on_load=_asset("canvas.js"),
         elem_id=f"canvas-{index}",
-        name=name,
+        name=f"Canvas {index + 1}",
     )
+
+
+def _condition(studio: Studio, index: int, canvas: gr.HTML) -> list[Any]:
+    """The inputs of one condition: adapter, canvas, scale, start, end."""
+    choices = studio.adapters()
+    first = choices[0] if index == 0 and choices else None
     with gr.Accordion("Start from a picture", open=False, elem_id=f"from-picture-{index}"):
         names = studio.extractors(first) if first else [AS_IT_IS]
         extractor = gr.Dropdown(names, value=names[0], label="Find its lines with", elem_id=f"extractor-{index}")
@@ -240,7 +255,16 @@ def _train_tab(
             report = gr.Markdown(elem_id="report")
             plot = gr.HTML(elem_id="curves")
             shown = gr.Image(label="Condition, generated, target", visible=False, buttons=[], elem_id="validation")
-            pairs = gr.Gallery(label="Pairs", columns=3, height="auto", visible=False, buttons=[], elem_id="pairs")
+            pairs = gr.Gallery(
+                label="Pairs",
+                columns=2,
+                object_fit="contain",
+                allow_preview=False,
+                height="auto",
+                visible=False,
+                buttons=[],
+                elem_id="pairs",
+            )
     timer = gr.Timer(2.0, active=False)
     watched = [status, plot, shown, use, timer]
 

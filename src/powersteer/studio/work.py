@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
-import queue
 import shutil
 import threading
 import time
 import uuid
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from powersteer.metadata import read_metadata, save_picture
 from powersteer.model import BPSModel
 from powersteer.pictures import from_pil, to_pil
 from powersteer.steering import check_fits
+from powersteer.studio.progress import Progress, Watch, reported
 from powersteer.studio.recipe import parse, record_of
 from powersteer.studio.uploads import check_picture, write_drawing
 
@@ -50,6 +50,8 @@ LIVE_STEPS, LIVE_SCHEDULER = 8, "dpm++"
 AS_IT_IS = "none: it is a drawing"
 KEPT_RESULTS = 200
 """Folders; older ones make room."""
+KEPT_PRIORS = 64
+"""Pictures: while a drawing grows, the prior's stays as it is."""
 _WIDEST = 1024
 """Pixels a side that an extractor is given at most."""
 
@@ -83,15 +85,6 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Of a wish under way."""
-
-    share: float
-    preview: Image.Image | None = None
-    """The first picture, as it is now."""
-
-
-@dataclass(frozen=True)
 class Made:
     """A picture and all that belongs to it."""
 
@@ -116,10 +109,6 @@ class Result:
     seconds: float
 
 
-class Stopped(Exception):
-    """Asked for by the person."""
-
-
 class Studio:
     """One base, its adapters, and whoever draws with them, one at a time.
 
@@ -142,6 +131,7 @@ class Studio:
         self._extractors: dict[tuple[str, str], Extractor] = {}
         self._results: deque[Path] = deque()
         self._stops: dict[str, threading.Event] = {}
+        self._priors: OrderedDict[str, Image.Image] = OrderedDict()
         for name in adapters:
             self.network(name)
 
@@ -217,7 +207,7 @@ class Studio:
             for i in range(wish.num_images)
         ]
         stop = self._stops[who] = threading.Event()
-        yield from _reported(lambda report: self._make(settings, jobs, wish.compare, folder, report), stop)
+        yield from reported(lambda report: self._make(settings, jobs, wish.compare, folder, report), stop)
 
     def stop(self, who: str) -> None:
         """End what is being made for someone, after the step under way."""
@@ -241,13 +231,16 @@ class Studio:
             pairs = zip(jobs[0].condition, networks, strict=True)
             read = [condition_of(file, network, side) for file, network in pairs]
             conditions = [condition[None] for condition, _ in read]
-            batches = [jobs[i : i + BATCH_SIZE] for i in range(0, len(jobs), BATCH_SIZE)]
-            kinds: list[list[BPSModel] | None] = [networks, None] if compare else [networks]
-            runs = [(models, batch) for models in kinds for batch in batches]
-            pictures: list[Image.Image] = []
+            prior_keys = [_prior_key(settings, job) for job in jobs] if compare else []
+            missing = [job for job, key in zip(jobs, prior_keys, strict=False) if key not in self._priors]
+            runs: list[tuple[list[BPSModel] | None, Sequence[PictureJob]]] = [
+                (networks, batch) for batch in _batches(jobs)
+            ]
+            runs += [(None, batch) for batch in _batches(missing)]
+            made: dict[bool, list[Image.Image]] = {True: [], False: []}
             for turn, (models, batch) in enumerate(runs):
-                watch = _Watch(self.pipe, report, turn / len(runs), 1 / len(runs), previewed=models is not None)
-                pictures += steered_pictures(
+                watch = Watch(report, turn / len(runs), 1 / len(runs), previewed=models is not None)
+                made[models is not None] += steered_pictures(
                     self.pipe,
                     models,
                     [job.prompt for job in batch],
@@ -261,7 +254,11 @@ class Studio:
                     end=settings.end,
                     callback_on_step_end=watch,
                 )
-            steered, priors = pictures[: len(jobs)], pictures[len(jobs) :]
+            for job, image in zip(missing, made[False], strict=True):
+                self._priors[_prior_key(settings, job)] = image
+            steered, priors = made[True], [self._priors[key] for key in prior_keys]
+            while len(self._priors) > KEPT_PRIORS:
+                self._priors.popitem(last=False)
             files = [folder / f"seed{job.seed}.png" for job in jobs]
             prior_files = [folder / f"prior-seed{job.seed}.png" for job in jobs[: len(priors)]]
             record = {"inverted": [inverted for _, inverted in read]}
@@ -276,7 +273,7 @@ class Studio:
                 deviation = pixel_spread(torch.stack([from_pil(image) for image in steered]))
                 mean_spread, spread = deviation.mean().item(), folder / "spread.png"
                 spread_picture(deviation).save(spread)
-            made = [
+            results = [
                 Made(file, prior_file, settings, job, *score)
                 for file, prior_file, job, score in zip(
                     files,
@@ -286,7 +283,7 @@ class Studio:
                     strict=True,
                 )
             ]
-            return Result(made, spread, mean_spread, time.perf_counter() - since)
+            return Result(results, spread, mean_spread, time.perf_counter() - since)
 
     def _line_scores(
         self, settings: GenerateSettings, conditions: list[torch.Tensor], images: list[Image.Image]
@@ -396,66 +393,14 @@ def as_data_url(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-class _Watch:
-    """After each denoising step: report, with a preview where that costs little; end it when that is asked for."""
-
-    COSTS_LITTLE = 4.0
-    """Times as long as a preview took that none is made after it."""
-
-    def __init__(
-        self, pipe: Any, report: Callable[[Progress], None], begun: float, share: float, *, previewed: bool
-    ) -> None:
-        self.pipe, self.report, self.begun, self.share, self.previewed = pipe, report, begun, share, previewed
-        self.not_before = 0.0
-
-    def __call__(self, pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        preview, now = None, time.perf_counter()
-        if self.previewed and now >= self.not_before:
-            # What the scheduler takes for the picture, where it keeps that; else the noisy one.
-            guesses = getattr(pipe.scheduler, "model_outputs", None) or [None]
-            latents = tensors["latents"] if guesses[-1] is None else guesses[-1]
-            with torch.no_grad():
-                decoded = pipe.vae.decode(latents[:1].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
-            preview = to_pil(decoded[0])
-            self.not_before = time.perf_counter() + self.COSTS_LITTLE * (time.perf_counter() - now)
-        done = min(1.0, (step + 1) / max(1, pipe.num_timesteps))
-        self.report(Progress(self.begun + self.share * done, preview))
-        return tensors
+def _batches(jobs: Sequence[PictureJob]) -> list[Sequence[PictureJob]]:
+    return [jobs[i : i + BATCH_SIZE] for i in range(0, len(jobs), BATCH_SIZE)]
 
 
-def _reported(
-    work: Callable[[Callable[[Progress], None]], Result], stop: threading.Event
-) -> Iterator[Progress | Result]:
-    """Run ``work`` in a thread and pass on what it reports; whoever leaves early, or sets ``stop``, ends it."""
-    said: queue.SimpleQueue[Progress | Result | BaseException] = queue.SimpleQueue()
-
-    def report(progress: Progress) -> None:
-        if stop.is_set():
-            raise Stopped
-        said.put(progress)
-
-    def run() -> None:
-        try:
-            said.put(work(report))
-        except BaseException as error:
-            said.put(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        while True:
-            one = said.get()
-            with suppress(queue.Empty):  # of what waits, the newest is enough
-                while isinstance(one, Progress):
-                    one = said.get_nowait()
-            if isinstance(one, BaseException):
-                raise one
-            yield one
-            if isinstance(one, Result):
-                return
-    finally:
-        stop.set()
-        thread.join()
+def _prior_key(settings: GenerateSettings, job: PictureJob) -> str:
+    """All that the prior's picture depends on."""
+    steering = {"adapter", "scale", "start", "end"}
+    return settings.model_dump_json(exclude=steering) + job.model_dump_json(exclude={"condition"})
 
 
 def _is_adapter(file: Path) -> bool:
