@@ -165,7 +165,9 @@ def test_pictures_that_cannot_be_made_here_are_refused(studio, tmp_path):
         ({"conditions": []}, "no adapter is chosen"),
         ({"conditions": [Wanted("mine", None)]}, "canvas 1 is empty"),
         ({"conditions": [Wanted("elsewhere", drawing())]}, "there is no adapter 'elsewhere' here"),
-        ({"scale": 1.0, "guidance_scale": 0.5}, "guidance_scale"),
+        ({"guidance_scale": 0.5}, "guidance_scale"),
+        ({"num_images": 9}, "too much at once"),
+        ({"num_inference_steps": 101}, "at most 8 pictures of 100 steps"),
     ],
 )
 def test_what_is_missing_is_said(studio, given, said):
@@ -174,7 +176,7 @@ def test_what_is_missing_is_said(studio, given, said):
 
 
 def test_who_stops_ends_their_own_picture_only(studio):
-    running = studio.pictures(wish(studio, num_inference_steps=200), "me")
+    running = studio.pictures(wish(studio, num_inference_steps=100), "me")
     next(running)
     studio.stop("someone else")
     next(running)

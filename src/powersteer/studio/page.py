@@ -22,12 +22,23 @@ from powersteer.metadata import read_metadata
 from powersteer.studio.progress import Progress, Stopped
 from powersteer.studio.recipe import as_command, as_python
 from powersteer.studio.training import PairsFound, Training
-from powersteer.studio.work import AS_IT_IS, LIVE_SCHEDULER, LIVE_STEPS, Result, Studio, Wanted, Wish
+from powersteer.studio.work import (
+    AS_IT_IS,
+    LIVE_SCHEDULER,
+    LIVE_STEPS,
+    MAX_IMAGES,
+    MAX_STEPS,
+    Result,
+    Studio,
+    Wanted,
+    Wish,
+)
 
 CONDITIONS = 3
 """Canvases on the page."""
-MAX_IMAGES = 8
 OWN_SCHEDULER = "the base's own"
+_STILL = [gr.skip()] * 9
+"""What is shown of a result, left as it is: pictures, recipe, downloads, strip, spread, result."""
 _FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
 _MONO = ("ui-monospace", "monospace")
 _COMPUTE: dict[str, Any] = {"concurrency_id": "compute", "concurrency_limit": 1, "api_visibility": "private"}
@@ -118,9 +129,11 @@ def _draw_tab(page: gr.Blocks, studio: Studio) -> list[gr.Dropdown]:
             with gr.Accordion("Settings", open=False, elem_id="settings"):
                 negative = gr.Textbox("", label="Negative prompt", elem_id="negative")
                 with gr.Row():
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=90)
+                    seed = gr.Number(
+                        0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed", min_width=90
+                    )
                     count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Pictures", elem_id="count", min_width=140)
-                steps = gr.Slider(1, 100, 30, step=1, label="Steps", elem_id="steps")
+                steps = gr.Slider(1, MAX_STEPS, 30, step=1, label="Steps", elem_id="steps")
                 guidance = gr.Slider(1, 15, 3, step=0.1, label="Guidance scale", elem_id="guidance")
                 scheduler = gr.Dropdown([OWN_SCHEDULER, *SCHEDULERS], value=OWN_SCHEDULER, label="Scheduler")
                 compare = gr.Checkbox(True, label="Compare with the prior, from the same noise", elem_id="compare")
@@ -138,6 +151,9 @@ def _draw_tab(page: gr.Blocks, studio: Studio) -> list[gr.Dropdown]:
     def sketch(request: gr.Request, on: bool, *values: Any) -> Iterator[Any]:
         wish = _wish(values, live=True)
         if not on or not any(one.drawing for one in wish.conditions):
+            return
+        if not wish.prompt.strip():
+            yield [_status("Say what it shows, in the prompt: then a picture comes after every stroke."), *_STILL]
             return
         yield from _shown(studio, wish, request.session_hash or "")
 
@@ -339,11 +355,10 @@ def _wish(values: Sequence[Any], *, live: bool = False) -> Wish:
 
 def _shown(studio: Studio, wish: Wish, who: str) -> Iterator[list[Any]]:
     """What the outputs become while a wish is being fulfilled."""
-    still = [gr.skip()] * 8
     try:
         for said in studio.pictures(wish, who):
             if isinstance(said, Progress):
-                yield [_status("Denoising", said.share), gr.skip(), said.preview or gr.skip(), *still[:-1]]
+                yield [_status("Denoising", said.share), _STILL[0], said.preview or _STILL[1], *_STILL[2:]]
                 continue
             told = _status(_summary(said))
             several = len(said.made) > 1
@@ -351,7 +366,7 @@ def _shown(studio: Studio, wish: Wish, who: str) -> Iterator[list[Any]]:
             spread = gr.Image(value=None if said.spread is None else str(said.spread), visible=said.spread is not None)
             yield [told, *_one(said, 0), strip, spread, said]
     except Stopped:
-        yield [_status("Stopped."), gr.skip(), *still]
+        yield [_status("Stopped."), *_STILL]
 
 
 def _one(result: Result, index: int) -> list[Any]:

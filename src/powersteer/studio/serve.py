@@ -58,11 +58,10 @@ def served(
         raise PowersteerError(f"others can reach {host}: give --auth user:password, or leave --host out")
     if find_spec("gradio") is None:
         raise PowersteerError("the studio needs Gradio: pip install 'powersteer[studio]'")
-    with tempfile.TemporaryDirectory(prefix="powersteer-studio-") as folder:
+    with tempfile.TemporaryDirectory(prefix="powersteer-studio-") as folder, _picture_limit():
         work_dir = Path(folder)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = str(work_dir / "gradio")
-        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # PIL refuses twice as many
         from powersteer.studio.page import build, style, theme
         from powersteer.studio.training import Training
         from powersteer.studio.work import Studio
@@ -109,6 +108,16 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+@contextmanager
+def _picture_limit() -> Generator[None]:
+    """PIL refuses whatever has more than `MAX_PIXELS`, whoever opens it."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS // 2  # it refuses from twice as many on
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _credentials(auth: str | None) -> tuple[str, str] | None:

@@ -45,6 +45,8 @@ from powersteer.studio.uploads import check_picture, write_drawing
 
 CANVAS_SIDE = 512
 BATCH_SIZE = 4
+MAX_IMAGES, MAX_STEPS = 8, 100
+"""Of one wish."""
 LIVE_STEPS, LIVE_SCHEDULER = 8, "dpm++"
 """While drawing."""
 AS_IT_IS = "none: it is a drawing"
@@ -183,6 +185,8 @@ class Studio:
         blank = next((i for i, one in enumerate(given, 1) if not one.drawing), None)
         if blank is not None:
             raise PowersteerError(f"canvas {blank} is empty: draw something, or start from a picture")
+        if not 1 <= wish.num_images <= MAX_IMAGES or wish.num_inference_steps > MAX_STEPS:
+            raise PowersteerError(f"that is too much at once: at most {MAX_IMAGES} pictures of {MAX_STEPS} steps")
         settings = build_config(
             {
                 "adapter": tuple(one.adapter for one in given),
