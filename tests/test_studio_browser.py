@@ -81,8 +81,12 @@ def wait_for(page, words: str, where: str = "#status") -> str:
     return page.inner_text(where)
 
 
+def unfold(page, section: str) -> None:
+    page.locator(f"#{section} button").first.click()
+
+
 def few_steps(page, count: int = 2) -> None:
-    page.click("#settings > button")
+    unfold(page, "settings")
     page.fill("#steps input[type=number]", "6")
     page.fill("#count input[type=number]", str(count))
     page.keyboard.press("Tab")
@@ -130,9 +134,11 @@ def test_generate_shows_seeds_their_spread_and_how_to_make_them_again(page):
     page.click("#go")
     told = wait_for(page, "3 pictures in")
     assert "spread over the seeds 0." in told
+    page.locator("#strip img").nth(2).wait_for()
+    page.locator("#spread img").wait_for()
     assert page.locator("#strip img").count() == 3
     assert page.locator("#spread img").count() == page.locator("#prior img").count() == 1
-    page.click("#recipe > button")
+    unfold(page, "recipe")
     page.wait_for_selector("#command .cm-content")
     assert "--prompt 'a fox' --seed 0" in page.inner_text("#command .cm-content").replace("\n", " ")
     assert "num_inference_steps=6" in page.inner_text("#snippet .cm-content")
@@ -164,11 +170,13 @@ def test_a_downloaded_picture_brings_its_drawing_and_settings_back(page, tmp_pat
     page.reload()
     page.wait_for_selector("#canvas-0 canvas")
     assert ink(page) == 0
-    page.set_input_files("#reload input[type=file], input#reload", str(file))
+    with page.expect_file_chooser() as info:
+        page.click("#reload")
+    info.value.set_files(str(file))
     page.wait_for_function("document.querySelector('#prompt textarea').value === 'a cat face'", timeout=PATIENCE)
     page.wait_for_timeout(300)
     assert ink(page) == drawn
-    page.click("#settings > button")
+    unfold(page, "settings")
     assert page.input_value("#steps input[type=number]") == "8"
     page.fill("#count input[type=number]", "1")
     page.click("#go")
@@ -218,7 +226,7 @@ def test_stop_ends_a_long_picture(page):
     page.uncheck("#live input")
     say(page, "a fox")
     draw(page)
-    page.click("#settings > button")
+    unfold(page, "settings")
     page.fill("#steps input[type=number]", "100")
     page.fill("#count input[type=number]", "8")
     page.keyboard.press("Tab")
@@ -233,7 +241,7 @@ def test_errors_are_messages(page, tmp_path):
     toast = page.wait_for_selector('[data-testid="toast-body"]', timeout=PATIENCE)
     assert "the prompt is empty" in toast.inner_text()
     (tmp_path / "it.png").write_bytes(b"<script>alert(1)</script>")
-    page.click("#from-picture-0 > button")
+    unfold(page, "from-picture-0")
     page.set_input_files("#picture-0 input[type=file]", str(tmp_path / "it.png"))
     page.wait_for_function(
         "[...document.querySelectorAll('[data-testid=toast-body]')].some(x => x.innerText.includes('not a readable'))",

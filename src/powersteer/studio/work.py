@@ -211,12 +211,15 @@ class Studio:
             for i in range(wish.num_images)
         ]
         stop = self._stops[who] = threading.Event()
-        yield from reported(lambda report: self._make(settings, jobs, wish.compare, folder, report), stop)
+        try:
+            yield from reported(lambda report: self._make(settings, jobs, wish.compare, folder, report), stop)
+        finally:
+            self._stops.pop(who, None)
 
     def stop(self, who: str) -> None:
         """End what is being made for someone, after the step under way."""
-        if who in self._stops:
-            self._stops[who].set()
+        if (stop := self._stops.get(who)) is not None:
+            stop.set()
 
     def _make(
         self,
