@@ -122,7 +122,7 @@ def test_a_stroke_becomes_a_picture_that_follows_it(page, tmp_path):
     assert steered > 0.8 > prior
     file = download(page, tmp_path)
     settings = read_metadata(file).settings
-    assert (settings["prompt"], settings["num_inference_steps"], settings["scheduler"]) == ("a red house", 8, "dpm++")
+    assert (settings["prompt"], settings["num_inference_steps"], settings["scheduler"]) == ("a red house", 6, "unipc")
     assert pixels(file).size == (64, 64)
 
 
@@ -177,7 +177,7 @@ def test_a_downloaded_picture_brings_its_drawing_and_settings_back(page, tmp_pat
     page.wait_for_timeout(300)
     assert ink(page) == drawn
     unfold(page, "settings")
-    assert page.input_value("#steps input[type=number]") == "8"
+    assert page.input_value("#steps input[type=number]") == "6"
     page.fill("#count input[type=number]", "1")
     page.click("#go")
     wait_for(page, "1 picture in")

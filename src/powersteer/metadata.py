@@ -59,17 +59,17 @@ def read_metadata(file: Path) -> Metadata:
     """
     try:
         with Image.open(file) as picture:
-            said = {key: picture.info.get(key) for key in (SETTINGS_KEY, CONDITIONS_KEY)}
-        if not isinstance(said[SETTINGS_KEY], str):
+            said: dict[str, Any] = {str(key): value for key, value in picture.info.items()}
+        if not isinstance(said.get(SETTINGS_KEY), str):
             raise PowersteerError(f"{file.name} does not say how it was made: give a PNG that powersteer wrote")
         settings: Any = json.loads(said[SETTINGS_KEY])
-        conditions: Any = json.loads(said[CONDITIONS_KEY] or "[]")
+        conditions: Any = json.loads(said.get(CONDITIONS_KEY, "[]"))
         if not isinstance(settings, dict):
             raise ValueError("no settings")
         return Metadata(settings, [base64.b64decode(condition, validate=True) for condition in conditions])
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise PowersteerError(f"{file.name} is not a readable picture ({error})") from None
-    except (ValueError, TypeError, binascii.Error) as error:
-        if isinstance(error, PowersteerError):
-            raise
+    except PowersteerError:
+        raise
+    except (ValueError, TypeError, binascii.Error):
         raise PowersteerError(f"the settings in {file.name} are damaged: give a PNG as powersteer wrote it") from None

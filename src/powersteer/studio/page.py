@@ -188,9 +188,11 @@ def _draw_tab(page: gr.Blocks, studio: Studio) -> list[gr.Dropdown]:
         slot[1].input(sketch, [live, *inputs], outputs, **later)
     for box in (prompt, seed):
         box.submit(sketch, [live, *inputs], outputs, **later)
-    again.click(lambda number: int(number or 0) + 1, seed, seed, **_LIGHT).then(
-        sketch, [live, *inputs], outputs, **later
-    )
+
+    def next_seed(seed: float | None) -> int:
+        return int(seed or 0) + 1
+
+    again.click(next_seed, seed, seed, **_LIGHT).then(sketch, [live, *inputs], outputs, **later)
 
     def stop(request: gr.Request) -> None:
         studio.stop(request.session_hash or "")

@@ -53,11 +53,11 @@ class Watch:
         preview, now = None, time.perf_counter()
         if self.previewed and now >= self.not_before:
             # What the scheduler takes for the picture, where it keeps that; else the noisy one.
-            guesses = getattr(pipe.scheduler, "model_outputs", None) or [None]
-            latents = tensors["latents"] if guesses[-1] is None else guesses[-1]
+            guesses: list[Any] = getattr(pipe.scheduler, "model_outputs", None) or [None]
+            latents: torch.Tensor = tensors["latents"] if guesses[-1] is None else guesses[-1]
             with torch.no_grad():
-                decoded = pipe.vae.decode(latents[:1].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
-            preview = to_pil(decoded[0])
+                latent = latents[:1].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
+                preview = to_pil(pipe.vae.decode(latent).sample[0])
             self.not_before = time.perf_counter() + self.COSTS_LITTLE * (time.perf_counter() - now)
         done = min(1.0, (step + 1) / max(1, pipe.num_timesteps))
         self.report(Progress(self.begun + self.share * done, preview))

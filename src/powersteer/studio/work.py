@@ -47,7 +47,7 @@ CANVAS_SIDE = 512
 BATCH_SIZE = 4
 MAX_IMAGES, MAX_STEPS = 8, 100
 """Of one wish."""
-LIVE_STEPS, LIVE_SCHEDULER = 8, "dpm++"
+LIVE_STEPS, LIVE_SCHEDULER = 6, "unipc"
 """While drawing."""
 AS_IT_IS = "none: it is a drawing"
 KEPT_RESULTS = 200
@@ -330,11 +330,13 @@ class Studio:
             raise PowersteerError("this adapter reads feature maps, which cannot be drawn: use `powersteer generate`")
         found = open_picture(picture)
         if extractor == AS_IT_IS:
-            return as_data_url(ImageOps.pad(found, (CANVAS_SIDE, CANVAS_SIDE), color=found.getpixel((0, 0))))
+            paper: Any = found.getpixel((0, 0))
+            return as_data_url(ImageOps.pad(found, (CANVAS_SIDE, CANVAS_SIDE), color=paper))
         if (kind, extractor) not in self._extractors:
             import_module("powersteer.conditions.catalogue")
             self._extractors[kind, extractor] = EXTRACTORS.find(kind, extractor).build()
-        found = ImageOps.fit(found, (min(_WIDEST, min(found.size)),) * 2)
+        side = min(_WIDEST, *found.size)
+        found = ImageOps.fit(found, (side, side))
         with self._lock:
             condition = self._extractors[kind, extractor](Subject(found))
         assert isinstance(condition, Image.Image)
