@@ -219,7 +219,7 @@ def _canvas(index: int) -> gr.HTML:
 def _condition(studio: Studio, index: int, canvas: gr.HTML) -> list[Any]:
     """The inputs of one condition: adapter, canvas, scale, start, end."""
     choices = studio.adapters()
-    first = choices[0] if index == 0 and choices else None
+    first = studio.named[0] if index == 0 and studio.named else None
     with gr.Accordion("Start from a picture", open=False, elem_id=f"from-picture-{index}"):
         names = studio.extractors(first) if first else [AS_IT_IS]
         extractor = gr.Dropdown(names, value=names[0], label="Find its lines with", elem_id=f"extractor-{index}")
