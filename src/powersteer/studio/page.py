@@ -85,9 +85,9 @@ def _draw_tab(page: gr.Blocks, studio: Studio) -> list[gr.Dropdown]:
             prompt = gr.Textbox("", label="Prompt", placeholder="a fox", elem_id="prompt", max_lines=2)
             canvas = _canvas(0)
             with gr.Row():
-                go = gr.Button("Generate", variant="primary", elem_id="go", min_width=110)
+                go = gr.Button("Generate", variant="primary", elem_id="go", min_width=90)
                 halt = gr.Button("Stop", elem_id="halt", min_width=80)
-                again = gr.Button("New seed", elem_id="again", min_width=100)
+                again = gr.Button("New seed", elem_id="again", min_width=80)
             live = gr.Checkbox(True, label=f"Make a picture after every stroke ({LIVE_STEPS} steps)", elem_id="live")
         with gr.Column(elem_id="pictures", **_WIDE):
             status = gr.HTML(_status("Draw something: a picture of it comes here."), elem_id="status")
@@ -265,7 +265,7 @@ def _train_tab(
                 name = gr.Textbox("mine", label="Name of the new adapter", elem_id="name", min_width=140)
                 steps = gr.Slider(10, 3000, 600, step=10, label="Updates at most", elem_id="updates", min_width=140)
             with gr.Row():
-                begin = gr.Button("Start training", variant="primary", elem_id="begin", min_width=120)
+                begin = gr.Button("Start training", variant="primary", elem_id="begin", min_width=160)
                 halt = gr.Button("Stop", elem_id="stop-training", min_width=80)
                 use = gr.Button("Draw with it", interactive=False, elem_id="use", min_width=110)
         with gr.Column(**_WIDE):
