@@ -13,7 +13,6 @@ import diffusers
 import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 from rich.console import Console
 from rich.progress import Progress
@@ -27,6 +26,7 @@ from powersteer.data.layouts import read_rows
 from powersteer.data.pairs import captioned
 from powersteer.errors import PowersteerError
 from powersteer.hardware import best_device, native_precision
+from powersteer.metadata import read_metadata, save_picture
 from powersteer.model import BPSModel
 from powersteer.pictures import condition_picture, from_pil, save_grid
 from powersteer.steering import steer
@@ -35,8 +35,6 @@ GUIDANCE_SCALE = 3.0
 """Default strength of the text."""
 NUM_INFERENCE_STEPS = 30
 GRID_PICTURES, GRID_COLUMNS = 24, 8
-METADATA_KEY = "powersteer"
-"""Of the settings in a PNG."""
 
 Scheduler = Literal["ddim", "ddpm", "dpm++", "euler", "euler-a", "heun", "lcm", "pndm", "unipc"]
 SCHEDULERS: dict[Scheduler, str] = {
@@ -190,7 +188,10 @@ def generate(
 
     @lru_cache(maxsize=64)
     def conditions_of(files: tuple[Path, ...]) -> list[tuple[torch.Tensor, bool]]:
-        return [_condition(file, model, latents, settings) for file, model in zip(files, models, strict=True)]
+        return [
+            condition_of(file, model, latents, prepared=settings.prepared)
+            for file, model in zip(files, models, strict=True)
+        ]
 
     steering = {name: _for_each(name, getattr(settings, name), models) for name in ("scale", "start", "end")}
     first = 0 if resume else _next_number(out_dir)
@@ -220,7 +221,8 @@ def generate(
                     **{name: [value] * len(part) if name == "image" else value for name, value in inputs.items()},
                 )
                 for i, row, picture in zip(rows, drawn, pictures, strict=True):
-                    _save(picture, files[i], records[i] | {"inverted": [inverted for _, inverted in row]})
+                    record = records[i] | {"inverted": [inverted for _, inverted in row]}
+                    save_picture(picture, files[i], record)
                 progress.update(bar, advance=len(rows))
         _save_grid(
             out_dir / "grid.png", jobs, files, lambda job: [drawing for drawing, _ in conditions_of(job.condition)]
@@ -304,13 +306,18 @@ def _steering(
     return attach(pipe.unet, other, alone if len(alone) == count else alone.expand(count, -1, -1, -1))
 
 
+def make_scheduler(name: Scheduler, own: Any) -> Any:
+    """A scheduler by name, for the noise that the base's own was made for."""
+    return getattr(diffusers, SCHEDULERS[name]).from_config(own.config)
+
+
 def _pipeline(settings: GenerateSettings) -> tuple[Any, dict[str, Any]]:
     """The stock pipeline for the settings, and what it takes beyond prompts."""
     device = best_device()
     pipe: Any = load_base(settings.base, torch.float32 if device.type == "cpu" else native_precision(device))
     pipe.to(device)
     if settings.scheduler is not None:
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler]).from_config(pipe.scheduler.config)
+        pipe.scheduler = make_scheduler(settings.scheduler, pipe.scheduler)
     if settings.init_image is None:
         if settings.mask_image is not None:
             raise PowersteerError("a mask needs the picture it masks: give --init-image too")
@@ -330,11 +337,15 @@ def _fit(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def _condition(file: Path, model: Adapter, latents: int, settings: GenerateSettings) -> tuple[torch.Tensor, bool]:
-    """The file as ``model`` reads it (C, H, W), and whether it was inverted; ``latents`` are so many a side."""
+def condition_of(file: Path, model: Adapter, latents: int, *, prepared: bool = False) -> tuple[torch.Tensor, bool]:
+    """The file as ``model`` reads it (C, H, W), and whether it was inverted; ``latents`` are so many a side.
+
+    Raises:
+        PowersteerError: See `read_condition`.
+    """
     side = latents * factor_of(model)
     kind = (record_of(model).get("conditioning") or {}).get("kind")
-    return read_condition(file, channels_of(model), kind, (side, side), prepared=settings.prepared)
+    return read_condition(file, channels_of(model), kind, (side, side), prepared=prepared)
 
 
 def _for_each(name: str, values: Sequence[float], models: Sequence[Adapter]) -> list[float]:
@@ -352,23 +363,13 @@ def _is_made(file: Path, record: dict[str, Any]) -> bool:
     if not file.exists():
         return False
     try:
-        with Image.open(file) as picture:
-            made = json.loads(picture.info.get(METADATA_KEY, "{}"))
-    except (OSError, ValueError):
+        made = read_metadata(file).settings
+    except PowersteerError:
         raise PowersteerError(f"{file} is no picture of this command: give another folder") from None
     made.pop("inverted", None)
     if made != record:
         raise PowersteerError(f"{file} was made with other settings: give another folder")
     return True
-
-
-def _save(picture: Image.Image, file: Path, record: dict[str, Any]) -> None:
-    """Write a PNG that carries its settings: whole, or not at all."""
-    metadata = PngInfo()
-    metadata.add_text(METADATA_KEY, json.dumps(record))
-    partial = file.with_suffix(".partial")
-    picture.save(partial, format="PNG", pnginfo=metadata)
-    partial.replace(file)
 
 
 def _save_grid(

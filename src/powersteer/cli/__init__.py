@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -361,6 +362,32 @@ def convert(
         kind=kind,
     )
     out.print(str(written), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def studio(
+    base: Annotated[
+        str, typer.Option(help="The frozen base: a name, a folder, or a model of the Hub.")
+    ] = "powersteer-tiny",
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="'sketch', or a folder that `train` wrote; may be repeated.")
+    ] = None,
+    adapters_dir: Annotated[
+        Path, typer.Option(help="Adapters in it can be chosen; new ones are trained into it.")
+    ] = Path("runs"),
+    host: Annotated[str, typer.Option(help="Of this machine; others' access needs --auth.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Else the first free from 7860.")] = None,
+    auth: Annotated[str | None, typer.Option(help="user:password.", envvar="POWERSTEER_AUTH", show_envvar=True)] = None,
+) -> None:
+    """Draw and see, compare with the prior, and train, on a page in the browser."""
+    import threading
+
+    from powersteer.studio.serve import served
+
+    with served(base, adapter or [], adapters_dir, host=host, port=port, auth=auth) as address:
+        out.print(f"the studio is at {address} (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
 
 
 @app.command()

@@ -186,3 +186,23 @@ def _device(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise PowersteerError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+@app.command("studio")
+def bench_studio(
+    strokes: Annotated[int, typer.Option(min=1, help="That are counted.")] = 12,
+    chromium: Annotated[Path, typer.Option(help="The browser.")] = Path("/usr/bin/chromium"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """Seconds from the end of a stroke to its picture, drawn in a headless Chromium."""
+    from powersteer.bench.studio import bench_studio as run
+
+    result = run(strokes, chromium)
+    table = Table("seconds from a stroke's end", "median", "greatest")
+    for name, values, median in zip(
+        ("preview", "picture"), (result.preview, result.picture), result.median, strict=True
+    ):
+        table.add_row(name, f"{median:.2f}", f"{max(values):.2f}")
+    out.print(table)
+    out.print(f"{len(result.picture)} strokes; {result.machine}")
+    write_json(json_file, result.as_json())

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 PANELS = {
     "Start here": ("demo", "generate", "studio"),
-    "Train your own": ("prepare", "data", "train", "evaluate", "push", "convert"),
+    "Train your own": ("prepare", "data", "train", "evaluate", "card", "push", "convert"),
     "Research": ("compare", "bench", "pretrain"),
 }
 """Commands in the order in which people come to them; others follow under a heading of their own."""

@@ -57,7 +57,7 @@ powersteer-tiny. All below is measured on drawings of concepts it has never seen
 {lines["share_of_way"]:.0%} of the way from the prior to the artist's own picture. <span class="note">Shuffled:
 each picture is steered by another's drawing, which must not help.</span></p>
 <h2>Held-out loss while training</h2>
-{_curves(log)}
+{curves(log)}
 <h2>Pictures</h2>
 <table class="pictures"><tr><th></th>{headings}</tr>{body}</table>
 <p class="note">Drawings and the artist's pictures: OpenMoji, CC BY-SA 4.0, openmoji.org.</p>
@@ -73,10 +73,10 @@ def _image(picture: torch.Tensor) -> str:
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def _curves(log: list[dict[str, float]], width: int = 720, height: int = 260) -> str:
+def curves(log: list[dict[str, Any]], width: int = 720, height: int = 260) -> str:
     """The log's prior, steered and shuffled losses as an SVG line plot."""
     colours = {"prior": "#888", "steered": "#0a7d4f", "shuffled": "#c2410c"}
-    last = max((row["step"] for row in log), default=1)
+    last = max((row["step"] for row in log), default=0) or 1
     top = 1.6 * max((row["prior"] for row in log if "prior" in row), default=1.0)  # shuffled may leave the plot
     lines: list[str] = []
     for position, (name, colour) in enumerate(colours.items()):
