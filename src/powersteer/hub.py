@@ -29,7 +29,7 @@ WEIGHTS = "diffusion_pytorch_model*.safetensors*"
 class HubMixin(ModelMixin):
     """Diffusers' model, pushed with a card that says what it steers."""
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Upload weights, config and a model card; a card that is there already is kept.
 
         Of a run, ``powersteer push`` uploads more: its figures, settings and pictures are in the card.

@@ -57,9 +57,13 @@ def _name_values(command: Any) -> None:
             continue
         if param.param_type_name == "argument":
             param.metavar = param.metavar or param.name.upper()
-            param.display_type_rich = lambda ctx: ""  # the name is enough
+            param.display_type_rich = _untold  # the name is enough
             continue
         kind: Any = hints[param.name]
         while get_args(kind):  # of `list[int] | None`, int
             kind = get_args(kind)[0]
         param.metavar = param.metavar or _METAVARS.get(kind)
+
+
+def _untold(ctx: Any) -> str:
+    return ""
