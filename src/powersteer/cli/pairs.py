@@ -1,0 +1,134 @@
+"""`powersteer prepare` and `powersteer data`: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from powersteer.cli.help import Commands
+from powersteer.cli.output import out
+from powersteer.errors import PowersteerError
+
+data = typer.Typer(cls=Commands, help="Look at training pairs.", no_args_is_help=True, rich_markup_mode=None)
+
+
+def prepare(
+    task: Annotated[
+        str | None, typer.Argument(help="sketch, segmentation, layout, style, feature, depth, normal or pose.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Argument(help="A folder of pictures, a COCO 2017 or ADE20K root, or openmoji.")
+    ] = None,
+    out_dir: Annotated[Path | None, typer.Argument(help="A new folder for the pairs.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings of the extractor.")
+    ] = None,
+    extractor: Annotated[str | None, typer.Option(help="What makes the conditions; --list has all.")] = None,
+    captions: Annotated[str, typer.Option(help="Of several: all, first or random.")] = "all",
+    resolution: Annotated[int | None, typer.Option(help="Pixels of the shorter side; else as they are.")] = None,
+    background: Annotated[str, typer.Option(help="A colour, behind what is transparent.")] = "white",
+    shards: Annotated[bool, typer.Option("--shards", help="Write WebDataset shards.")] = False,
+    num_shards: Annotated[int, typer.Option(help="Parts of the work, one a machine.")] = 1,
+    shard_index: Annotated[int, typer.Option(help="The part to do here, from 0.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Print all extractors, and what each needs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result, or the list, as JSON.")] = False,
+) -> None:
+    """Make pairs to train on of pictures. The same command goes on with a run that was interrupted."""
+    if show_list:
+        _list_extractors(as_json)
+        return
+    if task is None or source is None or out_dir is None:
+        raise PowersteerError("give TASK, SOURCE and OUT_DIR: such as prepare sketch my/pictures my/pairs")
+    from powersteer.config import build_config
+    from powersteer.data.prepare import PrepareConfig
+    from powersteer.data.prepare import prepare as run
+
+    given: dict[str, Any] = {"task": task, "source": source, "out_dir": out_dir, "extractor": extractor}
+    given |= {"captions": captions, "resolution": resolution, "background": background, "shards": shards}
+    given |= {"num_shards": num_shards, "shard_index": shard_index, "workers": workers}
+    overrides = [f"settings.{setting}" for setting in settings or []]
+    result = run(build_config(given, PrepareConfig, overrides, where="prepare"))
+    if as_json:
+        out.print_json(json.dumps(result.as_json()))
+        return
+    for split, count in result.pairs.items():
+        out.print(f"{out_dir / split}: {count} pairs", soft_wrap=True, highlight=False)
+    if result.rejected:
+        out.print(f"{result.rejected} refused: see rejected.csv", soft_wrap=True, highlight=False)
+    if not result.complete:
+        out.print("other parts are not done yet: the last to be done completes the data set")
+
+
+def _list_extractors(as_json: bool) -> None:
+    from importlib import import_module
+
+    from powersteer.conditions.extractor import EXTRACTORS
+
+    import_module("powersteer.conditions.catalogue")  # registers them
+    if as_json:
+        known = [{"task": one.task, "extractor": one.name, "needs": one.needs} for one in EXTRACTORS.known.values()]
+        out.print_json(json.dumps(known))
+        return
+    table = Table("task", "extractor", "needs")
+    for one in EXTRACTORS.known.values():
+        table.add_row(one.task, one.name, one.needs)
+    out.print(table)
+
+
+@data.command("check")
+def data_check(
+    folder: Annotated[Path, typer.Argument(help="The pairs, in any layout that `train` reads.", show_default=False)],
+    validation: Annotated[Path | None, typer.Option(help="Held-out pairs, compared for leakage.")] = None,
+    conditioning_channels: Annotated[
+        int | None, typer.Option(min=1, help="1 (grey), 3 (RGB), 4 (RGBA), …; else what dataset.json says, else 1.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="sketch, segmentation, layout, …; else what dataset.json says, else sketch.")
+    ] = None,
+    image_column: Annotated[str, typer.Option(help="Of pictures, where columns have names.")] = "image",
+    conditioning_image_column: Annotated[str, typer.Option(help="Of conditions.")] = "conditioning_image",
+    caption_column: Annotated[str, typer.Option(help="Of captions.")] = "text",
+    default_prompt: Annotated[str | None, typer.Option(help="Caption of pairs that have none.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Read every pair and say what is there; exit status 1 where training would fail."""
+    from powersteer.data.check import check_pairs
+    from powersteer.data.layouts import Columns
+
+    report = check_pairs(
+        folder,
+        validation=validation,
+        conditioning_channels=conditioning_channels,
+        kind=kind,
+        columns=Columns(image_column, conditioning_image_column, caption_column),
+        default_prompt=default_prompt,
+    )
+    if as_json:
+        out.print_json(json.dumps(report.as_json()))
+    else:
+        table = Table(str(folder), "")
+        for name, fact in report.facts.items():
+            table.add_row(name.replace("_", " "), _shown(fact))
+        out.print(table)
+        for colour, word, lines in (("yellow", "warning", report.warnings), ("red", "error", report.errors)):
+            for line in lines[:20]:
+                out.print(f"[{colour}]{word}:[/{colour}] {escape(line)}", highlight=False, soft_wrap=True)
+            if len(lines) > 20:
+                out.print(f"… and {len(lines) - 20} more; --json has all", highlight=False)
+    if report.errors:
+        raise typer.Exit(1)
+
+
+def _shown(fact: object) -> str:
+    """A figure, a spread of figures, or several by name."""
+    if not isinstance(fact, dict):
+        return f"{fact:.3g}" if isinstance(fact, float) else str(fact)
+    if "median" in fact:
+        return f"{fact['min']:.4g} to {fact['max']:.4g}, median {fact['median']:.4g}"
+    return "\n".join(f"{name}: {_shown(part)}" for name, part in fact.items())
