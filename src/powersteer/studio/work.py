@@ -232,65 +232,75 @@ class Studio:
         with self._lock:
             since = time.perf_counter()
             networks = [self.network(name) for name in settings.adapter]
-            own, name = self.own_scheduler, settings.scheduler
-            self.pipe.scheduler = own if name is None else make_scheduler(name, own)
             side = self.pipe.unet.config.sample_size
-            pairs = zip(jobs[0].condition, networks, strict=True)
-            read = [condition_of(file, network, side) for file, network in pairs]
+            read = [
+                condition_of(file, network, side) for file, network in zip(jobs[0].condition, networks, strict=True)
+            ]
             conditions = [condition[None] for condition, _ in read]
-            prior_keys = [_prior_key(settings, job) for job in jobs] if compare else []
-            missing = [job for job, key in zip(jobs, prior_keys, strict=False) if key not in self._priors]
-            runs: list[tuple[list[BPSModel] | None, Sequence[PictureJob]]] = [
-                (networks, batch) for batch in _batches(jobs)
-            ]
-            runs += [(None, batch) for batch in _batches(missing)]
-            made: dict[bool, list[Image.Image]] = {True: [], False: []}
-            for turn, (models, batch) in enumerate(runs):
-                watch = Watch(report, turn / len(runs), 1 / len(runs), previewed=models is not None)
-                made[models is not None] += steered_pictures(
-                    self.pipe,
-                    models,
-                    [job.prompt for job in batch],
-                    conditions,
-                    seeds=[job.seed for job in batch],
-                    negative_prompt=[job.negative_prompt for job in batch],
-                    num_inference_steps=settings.num_inference_steps,
-                    guidance_scale=settings.guidance_scale,
-                    scale=settings.scale,
-                    start=settings.start,
-                    end=settings.end,
-                    callback_on_step_end=watch,
-                )
-            for job, image in zip(missing, made[False], strict=True):
-                self._priors[_prior_key(settings, job)] = image
-            steered, priors = made[True], [self._priors[key] for key in prior_keys]
-            while len(self._priors) > KEPT_PRIORS:
-                self._priors.popitem(last=False)
-            files = [folder / f"seed{job.seed}.png" for job in jobs]
-            prior_files = [folder / f"prior-seed{job.seed}.png" for job in jobs[: len(priors)]]
-            record = {"inverted": [inverted for _, inverted in read]}
-            prior = settings.model_copy(update={"scale": (0.0,) * len(networks)})
-            for kind, images, paths in ((settings, steered, files), (prior, priors, prior_files)):
-                for image, file, job in zip(images, paths, jobs, strict=False):
-                    told = job.model_copy(update={"condition": tuple(Path(path.name) for path in job.condition)})
-                    save_picture(image, file, record_of(kind, told) | record, job.condition)
-            scores = [self._line_scores(settings, conditions, images) for images in (steered, priors)]
-            spread, mean_spread = None, None
-            if len(steered) > 1:
-                deviation = pixel_spread(torch.stack([from_pil(image) for image in steered]))
-                mean_spread, spread = deviation.mean().item(), folder / "spread.png"
-                spread_picture(deviation).save(spread)
-            results = [
-                Made(file, prior_file, settings, job, *score)
-                for file, prior_file, job, score in zip(
-                    files,
-                    prior_files or [None] * len(jobs),
-                    jobs,
-                    zip(scores[0], scores[1] or [None] * len(jobs), strict=True),
-                    strict=True,
-                )
-            ]
-            return Result(results, spread, mean_spread, time.perf_counter() - since)
+            steered, priors = self._denoise(settings, jobs, networks, conditions, compare, report)
+        record = {"inverted": [inverted for _, inverted in read]}
+        files = _save(steered, folder, "", settings, jobs, record)
+        prior = settings.model_copy(update={"scale": (0.0,) * len(networks)})
+        prior_files = _save(priors, folder, "prior-", prior, jobs, record)
+        scores, prior_scores = (self._line_scores(settings, conditions, images) for images in (steered, priors))
+        made = [
+            Made(
+                files[i],
+                prior_files[i] if compare else None,
+                settings,
+                job,
+                scores[i],
+                prior_scores[i] if compare else None,
+            )
+            for i, job in enumerate(jobs)
+        ]
+        spread, mean_spread = None, None
+        if len(steered) > 1:
+            deviation = pixel_spread(torch.stack([from_pil(image) for image in steered]))
+            mean_spread, spread = deviation.mean().item(), folder / "spread.png"
+            spread_picture(deviation).save(spread)
+        return Result(made, spread, mean_spread, time.perf_counter() - since)
+
+    def _denoise(
+        self,
+        settings: GenerateSettings,
+        jobs: Sequence[PictureJob],
+        networks: list[BPSModel],
+        conditions: list[torch.Tensor],
+        compare: bool,
+        report: Callable[[Progress], None],
+    ) -> tuple[list[Image.Image], list[Image.Image]]:
+        """The steered pictures, and (``compare``) the prior's, of which only those are made that are not known."""
+        own, name = self.own_scheduler, settings.scheduler
+        self.pipe.scheduler = own if name is None else make_scheduler(name, own)
+        keys = [_prior_key(settings, job) for job in jobs] if compare else []
+        missing = [job for job, key in zip(jobs, keys, strict=False) if key not in self._priors]
+        runs: list[tuple[list[BPSModel] | None, Sequence[PictureJob]]] = [(networks, part) for part in _batches(jobs)]
+        runs += [(None, part) for part in _batches(missing)]
+        steered: list[Image.Image] = []
+        for turn, (models, batch) in enumerate(runs):
+            images = steered_pictures(
+                self.pipe,
+                models,
+                [job.prompt for job in batch],
+                conditions,
+                seeds=[job.seed for job in batch],
+                negative_prompt=[job.negative_prompt for job in batch],
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                scale=settings.scale,
+                start=settings.start,
+                end=settings.end,
+                callback_on_step_end=Watch(report, turn / len(runs), 1 / len(runs), previewed=models is not None),
+            )
+            if models is not None:
+                steered += images
+            else:
+                self._priors |= {_prior_key(settings, job): image for job, image in zip(batch, images, strict=True)}
+        priors = [self._priors[key] for key in keys]
+        while len(self._priors) > KEPT_PRIORS:
+            self._priors.popitem(last=False)
+        return steered, priors
 
     def _line_scores(
         self, settings: GenerateSettings, conditions: list[torch.Tensor], images: list[Image.Image]
@@ -400,6 +410,23 @@ def as_data_url(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _save(
+    images: list[Image.Image],
+    folder: Path,
+    prefix: str,
+    settings: GenerateSettings,
+    jobs: Sequence[PictureJob],
+    record: dict[str, Any],
+) -> list[Path]:
+    """Each with its settings and drawings; of the drawings' files only the names are told."""
+    files: list[Path] = []
+    for image, job in zip(images, jobs, strict=False):
+        told = job.model_copy(update={"condition": tuple(Path(path.name) for path in job.condition)})
+        files.append(folder / f"{prefix}seed{job.seed}.png")
+        save_picture(image, files[-1], record_of(settings, told) | record, job.condition)
+    return files
 
 
 def _batches(jobs: Sequence[PictureJob]) -> list[Sequence[PictureJob]]:
