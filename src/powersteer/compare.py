@@ -90,6 +90,8 @@ class ExperimentConfig(StrictConfig):
     tuning: TuningConfig
     metrics: tuple[str, ...] = ("information", "denoising", "lines")
     """See `METRICS`."""
+    test_pairs: int | None = Field(default=None, gt=1)
+    """So many of the test split, evenly spread; all of them by default."""
     pictures: int = Field(default=40, gt=0)
     """Test pairs that pictures are made for, where a metric wants some."""
     grid_rows: int = Field(default=6, ge=0)
@@ -228,6 +230,7 @@ class _Comparison:
         """Of what all runs share."""
         self.pipe: Any = load_base(self.config.pretrained_model_name_or_path)
         self.base = {part: weights_sha256(getattr(self.pipe, part)) for part in ("unet", "vae", "text_encoder")}
+        self.protocol = [experiment.metrics, experiment.test_pairs, experiment.pictures]
         self.memories: dict[str, int] = {}
 
     @cached_property
@@ -238,6 +241,8 @@ class _Comparison:
         size, _ = picture_size(config, pipe.unet.config, pipe.vae_scale_factor)
         given = conditioning(config)
         test = Pairs(self.test_dir, size, given.channels, kind=given.kind)
+        if self.experiment.test_pairs is not None:
+            test = test.subset(spread(len(test), self.experiment.test_pairs))
         encoded: EncodedPairs = encode_pairs(pipe, test, config.cache_dir, console=self.console)
         held_out = HeldOut(pipe, encoded)
         return Trial(pipe, None, held_out, held_out.losses(None), spread(len(test), self.experiment.pictures))
@@ -288,7 +293,7 @@ class _Comparison:
     def measure_prior(self) -> None:
         """The base alone, once."""
         file = self.experiment.results_dir / PRIOR
-        digest = _digest([self.experiment.train, self.data, self.base])
+        digest = _digest([self.experiment.train, self.protocol, self.data, self.base])
         if self.read(file, digest) is None:
             self.write(file, {"kind": "prior", "digest": digest, **self.measured(self.prior)})
 
@@ -369,8 +374,8 @@ class _Comparison:
         save_grid(cells, file, len(columns), scale=max(1, 128 // cells.shape[-1]), headings=headings)
 
     def digest(self, *configs: TrainConfig) -> str:
-        """Of what decides a result: configurations, data, and the base's weights."""
-        return _digest([[_identity(config) for config in configs], self.data, self.base])
+        """Of what decides a result: configurations, what is measured on how much, data, and the base's weights."""
+        return _digest([[_identity(config) for config in configs], self.protocol, self.data, self.base])
 
     def read(self, file: Path, digest: str) -> dict[str, Any] | None:
         """A result that is there, made with these settings."""
