@@ -104,7 +104,7 @@ def load_network(name_or_path: str | Path) -> Adapter:
     config = Path(name_or_path) / "config.json"
     try:
         kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.exists() else None
-        known = _CLASSES.get(kind)
+        known = _CLASSES.get(kind or "")
         network: Any = known and known.from_pretrained(str(name_or_path), torch_dtype=torch.float32)
     except (OSError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
