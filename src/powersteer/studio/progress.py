@@ -41,8 +41,10 @@ class Watch:
         previewed: Whether its first picture is shown.
     """
 
+    PAUSE = 0.5
+    """Seconds after a preview without another: browser and denoising may share the processor,"""
     COSTS_LITTLE = 4.0
-    """Times as long as a preview took that none is made after it."""
+    """and at least so many times as long as it took to make."""
 
     def __init__(self, report: Callable[[Progress], None], begun: float, share: float, *, previewed: bool) -> None:
         self.report, self.begun, self.share, self.previewed = report, begun, share, previewed
@@ -58,7 +60,8 @@ class Watch:
             with torch.no_grad():
                 latent = latents[:1].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
                 preview = to_pil(pipe.vae.decode(latent).sample[0])
-            self.not_before = time.perf_counter() + self.COSTS_LITTLE * (time.perf_counter() - now)
+            took = time.perf_counter() - now
+            self.not_before = now + took + max(self.PAUSE, self.COSTS_LITTLE * took)
         done = min(1.0, (step + 1) / max(1, pipe.num_timesteps))
         self.report(Progress(self.begun + self.share * done, preview))
         return tensors
