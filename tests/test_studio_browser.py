@@ -275,7 +275,7 @@ def test_train_on_a_small_zip_and_draw_with_what_came_of_it(page, tmp_path):
     page.set_input_files("#archive input[type=file]", str(tmp_path / "pairs.zip"))
     wait_for(page, "12 pairs", "#report")
     page.locator("#pairs img").nth(11).wait_for()
-    page.fill("#updates input[type=number]", "20")
+    page.fill("#updates input[type=number]", "10")
     page.locator("#name").get_by_role("textbox").fill("boxes")
     page.click("#begin")
     wait_for(page, "Running", "#training-status")
