@@ -314,9 +314,12 @@ def studio(
     auth: Annotated[str | None, typer.Option(help="user:password.", envvar="POWERSTEER_AUTH", show_envvar=True)] = None,
 ) -> None:
     """Draw and see, compare with the prior, and train, on a page in the browser."""
+    import signal
     import threading
 
     from powersteer.studio.serve import served
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a training under way is ended too
 
     with served(base, adapter or [], adapters_dir, host=host, port=port, auth=auth) as address:
         out.print(f"the studio is at {address} (Ctrl-C ends it)", highlight=False, soft_wrap=True)
