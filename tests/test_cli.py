@@ -261,7 +261,7 @@ def test_data_check_says_what_is_there_and_exits_with_1_where_training_would_fai
     one_line(run("data", "check", tmp_path / "none"), "there is no folder of pairs")
 
 
-@pytest.mark.parametrize("name", ["sketch", "few-shot"])
+@pytest.mark.parametrize("name", ["many-pairs", "few-shot"])
 def test_the_readmes_training_commands_need_nothing_but_the_pairs(name):
     config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.yaml", TrainConfig)
     assert {key for key, value in config if isinstance(value, Path)} == {"output_dir"}

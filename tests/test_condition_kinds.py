@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -249,7 +250,8 @@ def test_data_check_follows_dataset_json(styled_dir, features_dir):
 
 
 def adjusted(config, folder, **changes):
-    changes = {"validation_data_dir": folder, "max_train_steps": 2, "num_validation_images": 1} | changes
+    held_out = shutil.copytree(folder, folder.with_name("held-out"))
+    changes = {"validation_data_dir": held_out, "max_train_steps": 2, "num_validation_images": 1} | changes
     return config.model_copy(update={"train_data_dir": str(folder), **changes})
 
 

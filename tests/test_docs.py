@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from conftest import build_pipe, randomise
-from powersteer import BPSModel
+from powersteer import BPSModel, base
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -168,6 +168,13 @@ def reader(monkeypatch, tmp_path):
         monkeypatch.setattr(type(made), "__call__", few_steps)
         return made
 
+    def fetched(name, *_):
+        folder = tmp_path / "hub" / name
+        if not folder.exists():
+            tiny_adapter(name).save_pretrained(folder)
+        return folder
+
+    monkeypatch.setattr(base, "fetch", fetched)
     replace(BPSModel, lambda _, name: tiny_adapter(name))
     for kind in (DiffusionPipeline, AutoPipelineForText2Image, AutoPipelineForImage2Image, AutoPipelineForInpainting):
         replace(kind, pipeline)

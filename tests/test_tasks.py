@@ -60,7 +60,7 @@ def test_from_pictures_to_steered_ones(task, tmp_path, monkeypatch, some_drawing
     condition = next((pairs / "test" / "conditions").iterdir())
     args = ["--adapter", run, "--condition", condition, "--prompt", "a fox", "--steps", 2, "--num-images", 1]
     powersteer(monkeypatch, "generate", *args, "--out", tmp_path / "made")
-    picture = Image.open(tmp_path / "made" / "0.png")
+    picture = Image.open(tmp_path / "made" / "00000-seed0.png")
     assert picture.size == (64, 64)
 
     # The run's own condition, read from its file, changes what the base predicts.

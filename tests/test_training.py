@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from itertools import islice
 
@@ -345,7 +346,8 @@ def test_pairs_of_several_sizes_train_in_buckets(config, tmp_path):
         for kind in ("images", "drawings"):
             file = folder / kind / f"{i}.png"
             Image.open(file).resize((64, 32)).save(file)
-    change = {"train_data_dir": str(folder), "validation_data_dir": folder, "aspect_ratio_buckets": True}
+    held_out = shutil.copytree(folder, tmp_path / "held-out")
+    change = {"train_data_dir": str(folder), "validation_data_dir": held_out, "aspect_ratio_buckets": True}
     result = train(config.model_copy(update=change))
     assert result.step == 8
     pairs = Pairs(folder, (32, 32), buckets=[(24, 40), (32, 32)])
