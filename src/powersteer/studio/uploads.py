@@ -107,7 +107,7 @@ def unpack_pairs(archive: Path, folder: Path) -> Path:
     except PowersteerError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, ValueError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise PowersteerError(f"{archive.name} cannot be unpacked ({reason}): give a zip without a password") from None
