@@ -8,13 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from accelerate.utils import DistributedType
 
 from powersteer import BPSModel
 from powersteer.config import save_config
+from powersteer.errors import PowersteerError
 from powersteer.training.checkpoint import list_checkpoints
+from powersteer.training.setup import make_accelerator
+from powersteer.training.sharding import Whole, share_out
 
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -137,26 +144,110 @@ def test_a_disk_without_room_is_one_line_and_the_checkpoint_before_stays(config)
     assert powersteer(config).returncode == 0 and list_checkpoints(config.output_dir)[-1].name == "checkpoint-8"
 
 
-def test_two_processes_train_what_one_does(config, tmp_path):
-    """The same global batch: the same losses and weights to 1e-5."""
-    config = config.model_copy(update={"learning_rate": 2e-4, "gradient_accumulation_steps": 2, "random_flip": True})
-    one = powersteer(config)
-    assert one.returncode == 0, one.stderr
-    halves = config.model_copy(update={"train_batch_size": 2, "output_dir": tmp_path / "halves", "cache_dir": None})
+def two_processes(config, *overrides, launched=("-m", "powersteer.train"), environment=None):
     # What `accelerate launch` does for GPUs; for CPUs it would want mpirun.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
-    args = [*launch, "-m", "powersteer.train", *command(halves)]
-    two = subprocess.run(args, capture_output=True, text=True, env=environment, timeout=300)
-    assert two.returncode == 0, two.stderr[-3000:]
-    (wanted, _, _, log), (found, _, _, other_log) = final(config), final(halves)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *launched]
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", **(environment or {})}
+    args = [*launch, *command(config, *overrides)]
+    done = subprocess.run(args, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def assert_alike(one, other):
+    """Two runs came to the same losses and weights to 1e-5."""
+    (wanted, _, _, log), (found, _, _, other_log) = final(one), final(other)
     difference = max((tensor - found[name]).abs().max().item() for name, tensor in wanted.items())
     losses = max(
         abs(row[key] - other[key])
         for row, other in zip(log, other_log, strict=True)
         for key in ("steered", "prior", "shuffled")
     )
-    print(f"two processes: weights differ by {difference:.2g}, held-out losses by {losses:.2g}")
+    print(f"weights differ by {difference:.2g}, held-out losses by {losses:.2g}")
     assert difference < 1e-5 and losses < 1e-5
     assert [row.get("loss") for row in other_log][1:] == pytest.approx([row.get("loss") for row in log][1:], abs=1e-5)
-    assert two.stdout.count("best weights are of step") == 1
+
+
+@pytest.fixture
+def halves(config, tmp_path):
+    """One process's run, and for two a run with the same global batch."""
+    one = config.model_copy(update={"learning_rate": 2e-4, "gradient_accumulation_steps": 2, "random_flip": True})
+    done = powersteer(one)
+    assert done.returncode == 0, done.stderr
+    return one, one.model_copy(update={"train_batch_size": 2, "output_dir": tmp_path / "halves", "cache_dir": None})
+
+
+def test_two_processes_train_what_one_does(halves):
+    one, two = halves
+    done = two_processes(two)
+    assert_alike(one, two)
+    assert done.stdout.count("best weights are of step") == 1
+
+
+# Accelerate offers FSDP and DeepSpeed to accelerators only; and DeepSpeed would compile a transport for CPUs.
+SHARDED = """
+import atexit, runpy, sys
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from powersteer.training import loop, sharding
+kind = sys.argv.pop(1)
+PartialState(cpu=True).distributed_type = DistributedType.DEEPSPEED if kind == "deepspeed" else DistributedType.MULTI_GPU
+if kind == "deepspeed":
+    import deepspeed.comm.torch
+    deepspeed.comm.torch.build_shm_op = lambda: None
+load, parts = loop.load_optimizer_state, []
+
+def load_and_look(optimizer, state):
+    load(optimizer, state)
+    local = getattr(optimizer.optimizer, "optimizer", optimizer.optimizer).state.values()
+    parts.extend(getattr(one["exp_avg"], "_local_tensor", one["exp_avg"]).numel() for one in local)
+
+loop.load_optimizer_state = load_and_look
+atexit.register(lambda: print(f"{AcceleratorState().distributed_type}: {sum(parts)} numbers here"))
+runpy.run_module("powersteer.train", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_shared_out_over_two_processes_it_trains_the_same_and_goes_on_in_one(halves, tmp_path, kind):
+    one, two = halves
+    file = Path(__file__).parents[1] / "configs" / "accelerate" / f"{kind}.yaml"
+    # As `accelerate launch` passes the file on.
+    settings = yaml.safe_load(file.read_text())[f"{kind}_config"]
+    prefix = {"fsdp": "", "deepspeed": "ACCELERATE_DEEPSPEED_"}[kind]
+    environment = {prefix + name.upper(): str(value) for name, value in settings.items()}
+    environment |= {f"ACCELERATE_USE_{kind.upper()}": "true", "ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    launched = [str(tmp_path / "sharded.py"), kind]
+    two_processes(two, "max_train_steps=4", launched=launched, environment=environment)
+    done = two_processes(two, launched=launched, environment=environment)  # goes on from its checkpoint
+    assert_alike(one, two)
+    trained = sum(p.numel() for n, p in BPSModel.from_pretrained(two.output_dir).named_parameters() if n != "weights")
+    here = [int(count) for count in re.findall(rf"DistributedType.{kind.upper()}: (\d+) numbers here", done.stdout)]
+    assert len(here) == 2 and trained <= sum(here) < 1.01 * trained and max(here) < 0.6 * trained
+    # A checkpoint is whole: one process goes on from it.
+    done = powersteer(two, "max_train_steps=9")
+    assert done.returncode == 0 and list_checkpoints(two.output_dir)[-1].name == "checkpoint-9", done.stderr
+    assert max(done.stderr.count(word) for word in ("damaged", "Traceback")) == 0
+
+
+def test_sharing_out_that_would_not_work_is_refused(config, monkeypatch):
+    for kind, settings, words in (
+        ("deepspeed", {"zero_optimization": {"stage": 3}}, "give zero_stage 1 or 2"),
+        (
+            "deepspeed",
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "without offloading",
+        ),
+        ("fsdp", {"fsdp_version": 1, "ignored_modules": "unet"}, "give fsdp_version: 2"),
+        ("fsdp", {"fsdp_version": 2, "ignored_modules": None}, "fsdp_ignored_modules: unet"),
+    ):
+        plugins = {
+            "deepspeed_plugin": SimpleNamespace(deepspeed_config=settings),
+            "fsdp_plugin": SimpleNamespace(**settings),
+        }
+        accelerator = SimpleNamespace(state=SimpleNamespace(**plugins), distributed_type=DistributedType.FSDP)
+        with pytest.raises(PowersteerError, match=words):
+            share_out(accelerator, config, torch.bfloat16) if kind == "deepspeed" else Whole(None, accelerator)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(PowersteerError, match="fp16 is not possible with DeepSpeed"):
+        make_accelerator(config.model_copy(update={"mixed_precision": "fp16"}))

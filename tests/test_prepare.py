@@ -457,8 +457,7 @@ def test_wrong_commands_change_nothing(run, tmp_path, args, words):
     assert not (tmp_path / "OUT").exists()
 
 
-def test_bench_of_an_extractor(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "in_processes", lambda build, jobs, processes: map(build(), jobs))
+def test_bench_of_an_extractor(run, tmp_path):
     file = tmp_path / "bench.json"
     code, out, _ = run("bench", "prepare", "--task", "layout", "--pictures", 8, "--side", 32, "--json", file)
     (row,) = json.loads(file.read_text())["rows"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from io import BytesIO
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from PIL import Image, ImageFilter
 from powersteer.conditions.extractor import EXTRACTORS, Box, Registered, Subject
 from powersteer.data.make import HeldOut, Job, Outcome, Recipe
 from powersteer.data.sources.base import Item, Loaded
-from powersteer.data.workers import in_processes
+from powersteer.data.workers import pooled
 from powersteer.errors import PowersteerError
 from powersteer.hardware import machine
 
@@ -63,7 +65,7 @@ def bench_prepare(task: str | None = None, *, pictures: int = 64, side: int = 51
     """Measure every extractor that can be built here without settings, on noise that looks like clouds.
 
     What is counted is all that is done for a picture: decoding, the comparison with held-out pictures, the condition,
-    encoding and writing; the start of the processes is not.
+    encoding and writing; the start of the processes is not. Each process has one thread.
 
     Args:
         task: Of this task only.
@@ -86,31 +88,41 @@ def bench_prepare(task: str | None = None, *, pictures: int = 64, side: int = 51
 def _measure(registered: Registered, folder: Path, pictures: int, side: int) -> Row:
     recipe = Recipe(folder, registered, {}, HeldOut({}, []))
     try:
-        one, two = (_rate(recipe, list(_jobs(pictures, side)), processes) for processes in (1, 2))
+        recipe.build()  # says what is missing
+        one, two = (_rate(recipe, pictures, side, processes) for processes in (1, 2))
     except (PowersteerError, ImportError) as error:
         return Row(registered.task, registered.name, reason=str(error))
     return Row(registered.task, registered.name, one, two)
 
 
-def _rate(recipe: Recipe, jobs: list[Job], processes: int) -> float:
-    """Pictures a second, once every process is at work."""
-    made = in_processes(recipe.build, jobs, processes)
-    warm = len(jobs) // 4
-    for _ in range(warm):
-        _whole(next(made))
+def _rate(recipe: Recipe, pictures: int, side: int, processes: int) -> float:
+    """Pictures a second, from when every process is at work."""
+    made = pooled(partial(_signed, recipe), _jobs(side), processes)
+    at_work: set[int] = set()
+    while len(at_work) < processes:
+        at_work.add(_whole(*next(made)))
     since = time.perf_counter()
-    for outcome in made:
-        _whole(outcome)
-    return (len(jobs) - warm) / (time.perf_counter() - since)
+    for process, outcome in islice(made, pictures):
+        _whole(process, outcome)
+    rate = pictures / (time.perf_counter() - since)
+    made.close()  # ends the processes
+    return rate
 
 
-def _whole(outcome: Outcome) -> None:
+def _signed(recipe: Recipe) -> Callable[[Job], tuple[int, Outcome]]:
+    """The work, with the process that did it."""
+    work = recipe.build()
+    return lambda job: (os.getpid(), work(job))
+
+
+def _whole(process: int, outcome: Outcome) -> int:
     if outcome.reason is not None:
         raise PowersteerError(outcome.reason)
+    return process
 
 
-def _jobs(pictures: int, side: int) -> Iterator[Job]:
-    for i in range(pictures):
+def _jobs(side: int) -> Iterator[Job]:
+    for i in count():
         yield Job(Item(str(i), "train", partial(_clouds, i, side)), str(i))
 
 

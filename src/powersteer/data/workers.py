@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -38,9 +38,11 @@ def in_processes(
     Raises:
         PowersteerError: The work raised it, or a process died.
     """
-    if processes == 1:
-        yield from map(build(), given)
-        return
+    return map(build(), given) if processes == 1 else pooled(build, given, processes)
+
+
+def pooled(build: Callable[[], Callable[[Given], Made]], given: Iterable[Given], processes: int) -> Generator[Made]:
+    """As `in_processes`, in processes of their own even where it is one; closed, it ends them."""
     queue = iter(given)
     pool = ProcessPoolExecutor(processes, get_context("spawn"), _start, (build,))
     try:

@@ -18,6 +18,9 @@ from powersteer.data.encode import EncodedPairs, conditions_of, pixels_of, unet_
 from powersteer.data.pairs import spread
 from powersteer.training.objective import denoising_target, noise_schedule
 
+Autocast = Callable[[], AbstractContextManager[Any]]
+"""Makes the context that a run computes in."""
+
 
 @dataclass(frozen=True)
 class Gap:
@@ -104,7 +107,7 @@ class HeldOut:
         *,
         shuffled: bool = False,
         batch_size: int = 64,
-        autocast: Callable[..., AbstractContextManager[Any]] = nullcontext,
+        autocast: Autocast = nullcontext,
     ) -> torch.Tensor:
         """Mean squared error of the denoiser's prediction for each draw, (bands, N).
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from powersteer.data.encode import EncodedPairs, Sample, TextStates, conditions_
 from powersteer.data.order import Share
 from powersteer.errors import PowersteerError
 from powersteer.hardware import fast_attention
+from powersteer.training import setup
 from powersteer.training.checkpoint import (
     chosen_checkpoint,
     list_checkpoints,
@@ -39,7 +41,7 @@ from powersteer.training.heldout import HeldOut
 from powersteer.training.monitor import Monitor, Validation
 from powersteer.training.objective import denoising_target, min_snr_weights, noise_schedule
 from powersteer.training.optimizer import Average, make_optimizer
-from powersteer.training.setup import autocast_dtype
+from powersteer.training.sharding import Whole, gathered, load_optimizer_state, optimizer_state
 
 PROBE = 64
 """Training pairs that are watched on fixed noise."""
@@ -133,27 +135,30 @@ def fit(
     Raises:
         PowersteerError: The output folder or a checkpoint is unusable, or a loss or gradient became non-finite.
     """
-    optimizer: Any = make_optimizer(config, network)
-    steered, optimizer = accelerator.prepare(SteeredUNet(pipe.unet, network), optimizer)
+    checkpoint = chosen_checkpoint(output_dir, config.resume_from_checkpoint)
+    saved = None if checkpoint is None else load_checkpoint(checkpoint, network)
+    whole = Whole(network, accelerator)
+    bare = make_optimizer(config, network)
+    steered, optimizer = accelerator.prepare(SteeredUNet(pipe.unet, network), bare)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     average = Average(parameters, config.ema_decay, accelerator.device)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
-        optimizer.optimizer,
+        bare,
         num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=config.max_train_steps or last_step,
     )
-    schedule, autocast = noise_schedule(pipe), accelerator.autocast
-    attention = fast_attention(accelerator.device.type, autocast_dtype(accelerator.mixed_precision))
+    schedule, precision = noise_schedule(pipe), setup.precision_of(config)
+    autocast = partial(setup.autocast, accelerator.device.type, precision)
+    attention = fast_attention(accelerator.device.type, setup.autocast_dtype(precision))
     accumulation = config.gradient_accumulation_steps
     share = Share(config.train_batch_size, accumulation, accelerator.num_processes, accelerator.process_index)
 
     state = TrainState()
-    checkpoint = chosen_checkpoint(output_dir, config.resume_from_checkpoint)
-    if checkpoint is not None:
-        tensors, values = load_checkpoint(checkpoint, network)
-        optimizer.load_state_dict(tensors["optimizer"])
-        average.load_state_dict(tensors["average"])
+    if checkpoint is not None and saved is not None:
+        tensors, values = saved
+        load_optimizer_state(optimizer, tensors["optimizer"])
+        average.load_state_dict(tensors["average"], parameters)
         if accelerator.scaler is not None and tensors["scaler"]:
             accelerator.scaler.load_state_dict(tensors["scaler"])
         state = TrainState(**values)
@@ -165,9 +170,11 @@ def fit(
     probe = HeldOut(pipe, pairs.probe, limit=PROBE, accelerator=accelerator)
     watched = held_out or probe
     prior = watched.losses(None, autocast=autocast)
+    warned_of = -1
 
-    def validate() -> None:
-        validation = Validation.of(watched, prior, network, autocast)
+    def validate(measured: Adapter) -> None:
+        nonlocal warned_of
+        validation = Validation.of(watched, prior, measured, autocast)
         row: dict[str, Any] = {"step": state.step, "seconds": round(state.seconds, 1), **validation.row()}
         row["on"] = "training pairs" if held_out is None else "held-out pairs"
         untrained = state.step == 0 and config.init_from is None
@@ -178,29 +185,32 @@ def fit(
         if held_out is None:
             state.best_step = state.step
         else:
-            row["train_probe"] = probe.losses(network, autocast=autocast).mean().item()
+            row["train_probe"] = probe.losses(measured, autocast=autocast).mean().item()
             if row["steered"] < state.best_loss:
                 state.best_loss, state.best_step, state.validations_since = row["steered"], state.step, 0
                 state.best_probe = row["train_probe"]
             else:
                 state.validations_since += 1
         if state.best_step == state.step and accelerator.is_main_process:
-            save_adapter(output_dir, network)
+            save_adapter(output_dir, measured)
         monitor.record(row)
         if state.control_step is None and validation.control.certain and validation.gain.certain:
             state.control_step = state.step
             monitor.say(f"step {state.step}: control switched on; the condition is used")
-        if state.validations_since == 3 and row["train_probe"] < state.best_probe:
+        over_fitting = state.validations_since >= 3 and row["train_probe"] < state.best_probe
+        if over_fitting and warned_of != state.best_step:
+            warned_of = state.best_step
             monitor.say(
                 f"step {state.step}: the loss on training pairs still falls, the held-out loss has risen since step "
                 f"{state.best_step}: over-fitting; the weights of step {state.best_step} are kept"
             )
 
     def save() -> None:
-        if accelerator.is_main_process:
-            scaler = {} if accelerator.scaler is None else accelerator.scaler.state_dict()
-            tensors = {"optimizer": optimizer.state_dict(), "average": average.state_dict(), "scaler": scaler}
-            save_checkpoint(output_dir, network, tensors, vars(state), config.checkpoints_total_limit)
+        scaler = {} if accelerator.scaler is None else accelerator.scaler.state_dict()
+        tensors = {"optimizer": optimizer_state(optimizer), "average": gathered(average.state_dict()), "scaler": scaler}
+        with whole.gathered() as kept:
+            if accelerator.is_main_process:
+                save_checkpoint(output_dir, kept, tensors, vars(state), config.checkpoints_total_limit)
         accelerator.wait_for_everyone()
 
     def finished() -> bool:
@@ -208,11 +218,12 @@ def fit(
         out_of_patience = config.patience is not None and state.validations_since >= config.patience
         return state.step >= last_step or out_of_time or out_of_patience
 
-    with Monitor(output_dir, accelerator, last_step, description) as monitor, _stop_on_signal() as stop:
+    with Monitor(output_dir, accelerator, last_step, description, autocast) as monitor, _stop_on_signal() as stop:
         monitor.resume(state.step)
         if state.step == 0:
-            validate()
-            monitor.pictures(pipe, network, watched, config.num_validation_images, 0)
+            with whole.gathered() as measured:
+                validate(measured)
+                monitor.pictures(pipe, measured, watched, config.num_validation_images, 0)
         since = time.perf_counter() - state.seconds
         micro_batches = pairs.micro_batches(share, config.seed, state.step, config.dataloader_num_workers)
         interrupted = False
@@ -247,13 +258,13 @@ def fit(
                 names += [sample.name for sample in samples]
 
             # 3. An update, unless something is not finite.
-            norm: Any = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            norm = float(gathered(accelerator.clip_grad_norm_(parameters, config.max_grad_norm)))
             told = [float(stop.is_set()), time.perf_counter() - since]
             figures = torch.cat([torch.cat(losses).mean()[None], torch.tensor(told, device=accelerator.device)])
             everyone = accelerator.gather(figures[None])  # (processes, 3)
             state.loss = everyone[:, 0].mean().item()
             # The gradient scaler of fp16 meets infinite gradients by itself: it skips the update and scales less.
-            if not math.isfinite(state.loss) or (accelerator.scaler is None and not math.isfinite(norm.item())):
+            if not math.isfinite(state.loss) or (accelerator.scaler is None and not math.isfinite(norm)):
                 _refuse_non_finite(state.step, names, torch.cat(losses), output_dir)
             optimizer.step()
             optimizer.zero_grad()
@@ -265,11 +276,14 @@ def fit(
 
             # 4. Held-out loss, the best weights, pictures, checkpoints.
             last = finished()
-            with average.applied(parameters):
-                if state.step % config.validation_steps == 0 or last:
-                    validate()
-                if state.step % config.validation_image_steps == 0 or last:
-                    monitor.pictures(pipe, network, watched, config.num_validation_images, state.step)
+            validates = state.step % config.validation_steps == 0 or last
+            shows = state.step % config.validation_image_steps == 0 or last
+            if validates or shows:
+                with average.applied(parameters), whole.gathered() as measured:
+                    if validates:
+                        validate(measured)
+                    if shows:
+                        monitor.pictures(pipe, measured, watched, config.num_validation_images, state.step)
             monitor.advance(state.step, state.loss, share.batch_size)
             if state.step % config.checkpointing_steps == 0 or interrupted or finished():
                 save()

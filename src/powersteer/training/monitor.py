@@ -22,7 +22,7 @@ from powersteer.data.pairs import spread
 from powersteer.errors import PowersteerError
 from powersteer.generate import steered_pictures
 from powersteer.pictures import condition_picture, save_grid, to_pil
-from powersteer.training.heldout import Gap, HeldOut
+from powersteer.training.heldout import Autocast, Gap, HeldOut
 
 LOG = "log.jsonl"
 
@@ -51,7 +51,7 @@ class Validation:
     bands: list[str]
 
     @classmethod
-    def of(cls, held_out: HeldOut, prior: torch.Tensor, network: Adapter, autocast: Any) -> Validation:
+    def of(cls, held_out: HeldOut, prior: torch.Tensor, network: Adapter, autocast: Autocast) -> Validation:
         """Measure a network."""
         network.eval()
         steered = held_out.losses(network, autocast=autocast)
@@ -95,10 +95,14 @@ class Monitor:
         accelerator: Of the run.
         report_to: Trackers; see `TrainConfig`.
         total: Optimizer updates of the whole run.
+        description: For the progress bar.
+        autocast: Of the run; pictures are made within it.
     """
 
-    def __init__(self, output_dir: Path, accelerator: Accelerator, total: int | None, description: str) -> None:
-        self.output_dir, self.accelerator = output_dir, accelerator
+    def __init__(
+        self, output_dir: Path, accelerator: Accelerator, total: int | None, description: str, autocast: Autocast
+    ) -> None:
+        self.output_dir, self.accelerator, self.autocast = output_dir, accelerator, autocast
         self.console = Console(stderr=True, quiet=not accelerator.is_main_process)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -163,7 +167,7 @@ class Monitor:
         """Write and report condition | generated | target for some of the watched pairs, seeds fixed."""
         if not self.accelerator.is_main_process or not count:
             return
-        pairs, autocast = watched.pairs, self.accelerator.autocast
+        pairs = watched.pairs
         size = pairs.pairs.sizes[0]  # pictures of one size
         chosen = [i for i, other in enumerate(pairs.pairs.sizes) if other == size]
         chosen = [chosen[i] for i in spread(len(chosen), count)]
@@ -171,7 +175,7 @@ class Monitor:
         conditions, factor = conditions_of(samples), pipe.vae.config.scaling_factor
         network.eval()
         with torch.no_grad():
-            with autocast(), attach(pipe.unet, network, conditions):
+            with self.autocast(), attach(pipe.unet, network, conditions):
                 latents = steered_pictures(
                     pipe,
                     None,

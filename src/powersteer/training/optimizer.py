@@ -17,6 +17,7 @@ from powersteer.errors import PowersteerError
 from powersteer.model import BPSModel
 from powersteer.presets import integration_weights
 from powersteer.training.config import TrainConfig
+from powersteer.training.sharding import dealt
 
 
 def make_optimizer(config: TrainConfig, network: Adapter) -> torch.optim.Optimizer:
@@ -95,8 +96,9 @@ class Average:
         """Tensors and plain values."""
         return {} if self._ema is None else self._ema.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], parameters: list[torch.nn.Parameter]) -> None:
         """Go on from a saved state."""
         if self._ema is not None:
-            self._ema.load_state_dict(state)
+            weights = [dealt(w, p) for w, p in zip(state["shadow_params"], parameters, strict=True)]
+            self._ema.load_state_dict({**state, "shadow_params": weights})
             self._ema.to(self._device)

@@ -33,6 +33,7 @@ from powersteer.training.setup import (
     make_accelerator,
     new_network,
     picture_size,
+    precision_of,
     read_pairs,
     update_count,
 )
@@ -81,7 +82,7 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator.init_trackers("powersteer")
 
     pipe = load_base(config.pretrained_model_name_or_path)
-    torch.nn.Module.to(pipe.unet, base_dtype(accelerator.mixed_precision, accelerator.device.type))
+    torch.nn.Module.to(pipe.unet, base_dtype(precision_of(config), accelerator.device.type))
     pipe.to(accelerator.device)
     network = new_network(config, pipe).to(accelerator.device)
     if config.gradient_checkpointing:
@@ -120,7 +121,7 @@ def _data(config: TrainConfig, pipe: Any, accelerator: Accelerator) -> tuple[Sou
     size, step = picture_size(config, pipe.unet.config, factor)
     console = Console(stderr=True, quiet=not accelerator.is_main_process)
     cache_dir = (config.cache_dir or config.output_dir / "cache") if config.cache_latents else None
-    dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.float16
+    dtype = torch.float32 if precision_of(config) == "no" else torch.float16
 
     def encoded(pairs: Pairs) -> EncodedPairs:
         prompts = [config.fixed_prompt] if config.prompt_mix else []

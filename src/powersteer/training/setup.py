@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from powersteer.hardware import native_precision
 from powersteer.model import BPSModel
 from powersteer.training.config import TrainConfig
 from powersteer.training.monitor import check_trackers
+from powersteer.training.sharding import share_out
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -31,17 +34,23 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     # Accelerate keeps the first precision for the whole process; an earlier run here may have had another.
     AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
     precision = precision_of(config)
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if deepspeed and precision == "fp16":
+        raise PowersteerError("mixed_precision=fp16 is not possible with DeepSpeed: give bf16 or no")
     trackers: Any = check_trackers(config.report_to)
     logs = str(config.output_dir / "logs")
     try:
-        return Accelerator(
-            mixed_precision=precision,
+        accelerator = Accelerator(
+            mixed_precision="no" if deepspeed else precision,  # its own half precision would halve the weights, too
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=trackers or None,
             project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=logs),
         )
     except ValueError as error:
         raise PowersteerError(f"mixed_precision={precision} is not possible here: {error}") from None
+    if deepspeed:
+        share_out(accelerator, config, autocast_dtype(precision))
+    return accelerator
 
 
 def precision_of(config: TrainConfig) -> str:
@@ -55,6 +64,11 @@ def precision_of(config: TrainConfig) -> str:
 def autocast_dtype(mixed_precision: str) -> torch.dtype:
     """What ``no``, ``bf16`` or ``fp16`` stands for."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+
+
+def autocast(device_type: str, mixed_precision: str) -> AbstractContextManager[Any]:
+    """What a run of this precision computes in."""
+    return nullcontext() if mixed_precision == "no" else torch.autocast(device_type, autocast_dtype(mixed_precision))
 
 
 def base_dtype(mixed_precision: str, device_type: str) -> torch.dtype:
