@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test check docs clean
+.PHONY: setup demo test test-slow check docs clean
 
 setup: $(READY)
 
@@ -18,8 +18,14 @@ demo: $(READY)
 	$(BIN)/powersteer demo
 
 # One process a core, each with one thread: files side by side, the tests of one file together.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST) -m "not slow"
+
+# Kills, several processes, browsers, notebooks, whole runs.
+test-slow: $(READY)
+	$(PYTEST) -m slow
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -190,7 +190,8 @@ import atexit, runpy, sys
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from powersteer.training import loop, sharding
 kind = sys.argv.pop(1)
-PartialState(cpu=True).distributed_type = DistributedType.DEEPSPEED if kind == "deepspeed" else DistributedType.MULTI_GPU
+kinds = {"deepspeed": DistributedType.DEEPSPEED, "fsdp": DistributedType.MULTI_GPU}
+PartialState(cpu=True).distributed_type = kinds[kind]
 if kind == "deepspeed":
     import deepspeed.comm.torch
     deepspeed.comm.torch.build_shm_op = lambda: None

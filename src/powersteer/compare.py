@@ -248,7 +248,7 @@ class _Comparison:
         return Trial(pipe, None, held_out, held_out.losses(None), spread(len(test), self.experiment.pictures))
 
     def run(self) -> bool:
-        """Sweeps first, then every method with a seed and number of pairs, so that what there is compares."""
+        """Sweeps first, then the fewest pairs with every seed, all methods side by side: what there is compares."""
         experiment = self.experiment
         rates: dict[str, float] = {}
         for method in experiment.methods:
@@ -257,8 +257,8 @@ class _Comparison:
                 return True
             rates[method] = chosen
         self.measure_prior()
-        for seed in experiment.seeds:
-            for pairs in experiment.pairs:
+        for pairs in experiment.pairs:
+            for seed in experiment.seeds:
                 if not all(self.trained(method, pairs, seed, rates[method]) for method in experiment.methods):
                     return True
                 if seed == experiment.seeds[0]:
