@@ -147,6 +147,13 @@ def test_generate_takes_a_name_of_the_hub(hub, adapter, base_dir, tmp_path):
     assert made[0] == made[1]
 
 
+def test_no_folder_of_this_machine_is_pushed(hub, adapter, tmp_path):
+    adapter.save_pretrained(tmp_path / "mine")
+    BPSModel.from_pretrained(tmp_path / "mine").push_to_hub("you/named")
+    config = hub.repos["you/named"]["config.json"].decode()
+    assert str(tmp_path) not in config and json.loads(config)["conditioning"]["kind"] == "sketch"
+
+
 def test_a_card_that_the_repository_has_is_kept(hub, adapter, tmp_path):
     adapter.push_to_hub("you/tiny")
     hub.repos["you/tiny"]["README.md"] = b"mine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,12 @@ class HubMixin(ModelMixin):
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return push(Path(folder), repo_id, keep_card=True, **options)
+
+    def to_json_string(self) -> str:
+        """The config as it is saved: without the folder that it was loaded from, which is nobody's business."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def fetch(repo_id: str, *patterns: str) -> Path:

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
+from rich.console import Console
+from rich.progress import track
 
 from powersteer.conditions.extractor import EXTRACTORS, Box, Registered, Subject
 from powersteer.data.make import HeldOut, Job, Outcome, Recipe
@@ -81,7 +83,8 @@ def bench_prepare(task: str | None = None, *, pictures: int = 64, side: int = 51
         tasks = ", ".join(dict.fromkeys(one.task for one in EXTRACTORS.known.values()))
         raise PowersteerError(f"there is no task '{task}': give one of {tasks}")
     with tempfile.TemporaryDirectory() as folder:
-        rows = [_measure(one, Path(folder), pictures, side) for one in chosen]
+        shown = track(chosen, "extractors", console=Console(stderr=True), transient=True)
+        rows = [_measure(one, Path(folder), pictures, side) for one in shown]
     return PrepareBench(pictures, side, machine("cpu"), rows)
 
 
