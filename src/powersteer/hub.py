@@ -51,7 +51,8 @@ class HubMixin(ModelMixin):
 
     def to_json_string(self) -> str:
         """The config as it is saved: without the folder that it was loaded from, which is nobody's business."""
-        config = json.loads(super().to_json_string())
+        inherited: Any = super()
+        config = json.loads(inherited.to_json_string())
         config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 

@@ -364,7 +364,7 @@ def _shown(studio: Studio, wish: Wish, who: str) -> Iterator[list[Any]]:
                 continue
             told = _status(_summary(said))
             several = len(said.made) > 1
-            strip = gr.Gallery(value=[(str(m.picture), f"seed {m.job.seed}") for m in said.made], visible=several)
+            strip = gr.Gallery(value=[(str(m.picture), str(m.job.seed)) for m in said.made], visible=several)
             spread = gr.Image(value=None if said.spread is None else str(said.spread), visible=said.spread is not None)
             yield [told, *_one(said, 0), strip, spread, said]
     except Stopped:

@@ -63,7 +63,8 @@ def share_out(accelerator: Accelerator, config: TrainConfig, dtype: torch.dtype)
     Raises:
         PowersteerError: Its configuration shares out more than gradients and optimizer states.
     """
-    settings: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config
+    plugin: Any = accelerator.state.deepspeed_plugin
+    settings: dict[str, Any] = plugin.deepspeed_config
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") not in (1, 2) or zero.get("offload_optimizer", {}).get("device", "none") != "none":
         raise PowersteerError("DeepSpeed: give zero_stage 1 or 2, without offloading; FSDP shares out the weights too")
