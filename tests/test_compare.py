@@ -1,6 +1,7 @@
 """An experiment from its file to its report: what is done once, measured alike, and told from the JSON alone."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -97,6 +98,34 @@ def test_the_sweep_is_on_the_validation_split_and_recorded(done):
     assert tuning["losses"][0] != tuning["losses"][1] and tuning["chosen"] == tuning["learning_rates"][lowest]
     assert not list((done.output_dir / "tuning").glob("t2i/*"))  # what was only for the sweep is gone
     assert not list((done.output_dir / "runs").glob("*/checkpoint-*"))
+
+
+def test_a_sweep_goes_on_past_its_end_until_the_lowest_loss_is_within():
+    def tried(given, loss_of):
+        losses = {}
+        while (rate := compare.next_rate(losses, given)) is not None:
+            losses[rate] = loss_of(rate)
+        return sorted(losses)
+
+    given = (1e-4, 3e-4, 1e-3)
+    assert tried(given, lambda rate: abs(math.log(rate / 3e-4))) == list(given)
+    assert tried(given, lambda rate: abs(math.log(rate / 4e-3))) == [*given, 3e-3, 1e-2]
+    assert tried(given, lambda rate: abs(math.log(rate / 5e-5))) == [1e-5, 3e-5, *given]
+    assert len(tried(given, lambda rate: -rate)) == 3 + compare.PAST_AN_END  # there is an end to it
+    assert tried((1e-4, 1e-3), lambda rate: -rate) == [1e-4, 1e-3]
+
+
+def test_a_sweep_that_was_stopped_goes_on_where_it_was(done, tmp_path, monkeypatch):
+    whole = result(done, "tuning-lite")
+    experiment = done.model_copy(update={"results_dir": tmp_path, "output_dir": tmp_path / "runs"})
+    half = {**whole, "learning_rates": whole["learning_rates"][:1], "losses": whole["losses"][:1]}
+    (tmp_path / "tuning-lite.json").write_text(json.dumps(half))
+    train, rates = compare.train, []
+    monkeypatch.setattr(compare, "train", lambda config: rates.append(config.learning_rate) or train(config))
+    chosen = compare._Comparison(experiment).tuned("lite")
+    found = json.loads((tmp_path / "tuning-lite.json").read_text())
+    assert rates == whole["learning_rates"][1:] and found["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+    assert chosen == whole["chosen"]
 
 
 def test_what_is_done_is_not_done_again_and_other_settings_are_refused(done, monkeypatch):

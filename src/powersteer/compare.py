@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -47,6 +47,8 @@ SPLITS = ("train", "validation", "test")
 PRIOR = "prior.json"
 INFORMATION_DRAWS = 4
 """Of log-SNR and noise for each test pair."""
+PAST_AN_END = 4
+"""So many rates at most."""
 _OWN_KEYS = (
     "train_data_dir",
     "validation_data_dir",
@@ -266,29 +268,33 @@ class _Comparison:
         return False
 
     def tuned(self, method: str) -> float | None:
-        """The learning rate of the lowest loss on the validation split; None when interrupted."""
-        tuning, losses = self.experiment.tuning, dict[float, float]()
-        folders = {rate: f"tuning/{method}/{rate:g}" for rate in tuning.learning_rates}
-        configs: dict[float, TrainConfig] = {}
-        for rate, folder in folders.items():
-            config = self.experiment.training(method, tuning.pairs, tuning.seed, rate, folder)
-            limit: dict[str, Any] = {"max_train_steps": tuning.max_train_steps, "num_train_epochs": None}
-            configs[rate] = config.model_copy(update={**limit, "num_validation_images": 0})
-        file = self.experiment.results_dir / f"tuning-{method}.json"
-        digest = self.digest(*configs.values())
-        found = self.read(file, digest)
-        if found is None:
-            for rate, config in configs.items():
-                self.console.print(f"{method}: learning rate {rate:g}")
-                if train(config).interrupted:
-                    return None
-                losses[rate] = min(row["steered"] for row in _log(config) if row["step"] > 0)
-            chosen = min(losses, key=lambda rate: losses[rate])
-            found = {"kind": "tuning", "method": method, "chosen": chosen, "digest": digest, **tuning.model_dump()}
-            found |= {"losses": [losses[rate] for rate in tuning.learning_rates]}
-            self.write(file, found)
+        """The learning rate of the lowest loss on the validation split; None when interrupted.
+
+        A sweep of three rates or more goes on past its end until the lowest loss is not at an end.
+        """
+        tuning, given = self.experiment.tuning, [self.sweep(method, r) for r in self.experiment.tuning.learning_rates]
+        file, digest = self.experiment.results_dir / f"tuning-{method}.json", self.digest(*given)
+        found = self.read(file, digest) or {"learning_rates": [], "losses": []}
+        losses: dict[float, float] = dict(zip(found["learning_rates"], found["losses"], strict=True))
+        while (rate := next_rate(losses, tuning.learning_rates)) is not None:
+            self.console.print(f"{method}: learning rate {rate:g}")
+            config = self.sweep(method, rate)
+            if train(config).interrupted:
+                return None
+            losses[rate] = min(row["steered"] for row in _log(config) if row["step"] > 0)
+            losses = dict(sorted(losses.items()))
+            done = {"chosen": min(losses, key=lambda rate: losses[rate]), "digest": digest, **tuning.model_dump()}
+            done |= {"learning_rates": list(losses), "losses": list(losses.values())}
+            self.write(file, {"kind": "tuning", "method": method, **done})
         shutil.rmtree(self.experiment.output_dir / "tuning" / method, ignore_errors=True)  # again, if killed amid it
-        return float(found["chosen"])
+        return min(losses, key=lambda rate: losses[rate])
+
+    def sweep(self, method: str, rate: float) -> TrainConfig:
+        """The short run that tries a learning rate."""
+        tuning = self.experiment.tuning
+        config = self.experiment.training(method, tuning.pairs, tuning.seed, rate, f"tuning/{method}/{rate:g}")
+        limit: dict[str, Any] = {"max_train_steps": tuning.max_train_steps, "num_train_epochs": None}
+        return config.model_copy(update={**limit, "num_validation_images": 0})
 
     def measure_prior(self) -> None:
         """The base alone, once."""
@@ -400,6 +406,25 @@ class _Comparison:
             partial.replace(file)
         except OSError as error:
             raise PowersteerError(f"cannot write {file}: {error.strerror}") from None
+
+
+def next_rate(losses: dict[float, float], given: Sequence[float]) -> float | None:
+    """The learning rate to try next: those given, then past an end where the loss is lowest; None when it is found.
+
+    Args:
+        losses: By rate, so far.
+        given: Rates; fewer than three are not gone past.
+    """
+    for rate in given:
+        if rate not in losses:
+            return rate
+    rates = sorted(losses)
+    best = rates.index(min(rates, key=lambda rate: losses[rate]))
+    if len(given) < 3 or 0 < best < len(rates) - 1 or len(rates) >= len(given) + PAST_AN_END:
+        return None
+    step = sorted(given)[1] / sorted(given)[0] if best == 0 else sorted(given)[-1] / sorted(given)[-2]
+    rate = rates[0] / step if best == 0 else rates[-1] * step
+    return float(f"{rate:.1g}")
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
