@@ -165,8 +165,8 @@ def _markdown(experiment: ExperimentConfig, results: Results, file: Path, plots:
     text += [
         "",
         f"The sweep: {', '.join(f'{rate:g}' for rate in tuning.learning_rates)}; {tuning.pairs} pairs, "
-        f"{tuning.max_train_steps} updates, seed {tuning.seed}; the lowest loss on the validation split. Where that lies at "
-        "an end, the sweep goes on past it.",
+        f"{tuning.max_train_steps} updates, seed {tuning.seed}; the lowest loss on the validation split. Where that "
+        "lies at an end, the sweep goes on past it.",
         "",
     ]
     grids = [experiment.results_dir / f"grid-{pairs}.png" for pairs in experiment.pairs]
