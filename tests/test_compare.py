@@ -128,6 +128,17 @@ def test_a_sweep_that_was_stopped_goes_on_where_it_was(done, tmp_path, monkeypat
     assert chosen == whole["chosen"]
 
 
+def test_a_rate_that_diverges_is_the_worst(done, tmp_path, monkeypatch):
+    tuning = done.tuning.model_copy(update={"learning_rates": (1e-3, 3e-3, 1e30)})
+    experiment = done.model_copy(update={"results_dir": tmp_path, "output_dir": tmp_path / "runs", "tuning": tuning})
+    assert compare._Comparison(experiment).tuned("lite") in (1e-3, 3e-3)
+    found = json.loads((tmp_path / "tuning-lite.json").read_text())
+    assert found["losses"][found["learning_rates"].index(1e30)] is None
+    assert all(0 < loss < 10 for loss in found["losses"] if loss is not None)
+    monkeypatch.setattr(compare, "train", lambda config: pytest.fail("trained again"))
+    assert compare._Comparison(experiment).tuned("lite") == found["chosen"]
+
+
 def test_what_is_done_is_not_done_again_and_other_settings_are_refused(done, monkeypatch):
     def trained(_):
         raise AssertionError("trained again")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from powersteer.config import StrictConfig, build_config
 from powersteer.data.encode import EncodedPairs, encode_pairs
 from powersteer.data.openmoji import prepare_openmoji
 from powersteer.data.pairs import Pairs, spread
-from powersteer.errors import PowersteerError
+from powersteer.errors import NonFiniteError, PowersteerError
 from powersteer.evaluation.features import weights_sha256
 from powersteer.evaluation.information import denoiser_errors, measure_information
 from powersteer.evaluation.lines import line_f1
@@ -275,16 +276,21 @@ class _Comparison:
         tuning, given = self.experiment.tuning, [self.sweep(method, r) for r in self.experiment.tuning.learning_rates]
         file, digest = self.experiment.results_dir / f"tuning-{method}.json", self.digest(*given)
         found = self.read(file, digest) or {"learning_rates": [], "losses": []}
-        losses: dict[float, float] = dict(zip(found["learning_rates"], found["losses"], strict=True))
+        known = [math.inf if loss is None else loss for loss in found["losses"]]
+        losses: dict[float, float] = dict(zip(found["learning_rates"], known, strict=True))
         while (rate := next_rate(losses, tuning.learning_rates)) is not None:
             self.console.print(f"{method}: learning rate {rate:g}")
             config = self.sweep(method, rate)
-            if train(config).interrupted:
-                return None
-            losses[rate] = min(row["steered"] for row in _log(config) if row["step"] > 0)
+            try:
+                if train(config).interrupted:
+                    return None
+                losses[rate] = min(row["steered"] for row in _log(config) if row["step"] > 0)
+            except NonFiniteError:
+                losses[rate] = math.inf
             losses = dict(sorted(losses.items()))
             done = {"chosen": min(losses, key=lambda rate: losses[rate]), "digest": digest, **tuning.model_dump()}
-            done |= {"learning_rates": list(losses), "losses": list(losses.values())}
+            kept = [None if loss == math.inf else loss for loss in losses.values()]  # None: diverged
+            done |= {"learning_rates": list(losses), "losses": kept}
             self.write(file, {"kind": "tuning", "method": method, **done})
         shutil.rmtree(self.experiment.output_dir / "tuning" / method, ignore_errors=True)  # again, if killed amid it
         return min(losses, key=lambda rate: losses[rate])

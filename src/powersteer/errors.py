@@ -3,3 +3,7 @@
 
 class PowersteerError(ValueError):
     """Bad input. The message says what was wrong, where, and what to do about it."""
+
+
+class NonFiniteError(PowersteerError):
+    """A loss or a gradient became infinite or no number: training has diverged."""

@@ -24,7 +24,7 @@ from torch import nn
 from powersteer.adapters import Adapter, attach
 from powersteer.data.encode import EncodedPairs, Sample, TextStates, conditions_of, pixels_of, unet_inputs
 from powersteer.data.order import Share
-from powersteer.errors import PowersteerError
+from powersteer.errors import NonFiniteError, PowersteerError
 from powersteer.hardware import fast_attention
 from powersteer.training import setup
 from powersteer.training.checkpoint import (
@@ -302,7 +302,7 @@ def _refuse_non_finite(step: int, names: list[str], losses: torch.Tensor, output
     named = ", ".join(everywhere[:8]) + (", …" if len(everywhere) > 8 else "")
     found = list_checkpoints(output_dir)
     last = f"last good: {found[-1].name}" if found else "there is no checkpoint yet"
-    raise PowersteerError(
+    raise NonFiniteError(
         f"non-finite {kind} at step {step}, samples {named}; {last}. Try mixed_precision=bf16 (or no) or a lower "
         "learning_rate, and look at these samples"
     )
