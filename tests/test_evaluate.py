@@ -170,8 +170,9 @@ def test_the_held_out_split_is_taken(data):
 def test_baselines_are_evaluated_as_bps_is(run, data, base_dir, tmp_path, kind):
     pipe = load_base(str(base_dir))
     record = {"kind": "sketch", "channels": 1}
+    torch.manual_seed(0)  # else its initialisation depends on the tests before
     network = make_adapter(pipe.unet, preset=kind, pixel_unshuffle=4, prediction_type="epsilon", conditioning=record)
-    randomise(network).save_pretrained(tmp_path / kind)
+    randomise(randomise(network), seed=1).save_pretrained(tmp_path / kind)  # twice: strong enough to be seen
     args = [data, "--adapter", tmp_path / kind, "--base", base_dir, "--pictures", 4, "--steps", 2, "--draws", 2]
     code, _, err = run(*args, "--diversity", 1, "--json", tmp_path / "out.json", "--save-pictures", tmp_path / "made")
     assert code == 0, err
@@ -180,9 +181,9 @@ def test_baselines_are_evaluated_as_bps_is(run, data, base_dir, tmp_path, kind):
     errors = denoiser_errors(pipe, network, pairs)
     wanted = measure_information(errors, noise_schedule(pipe).alphas_cumprod, 6, draws=2)
     found = written["figures"]["information, nats a latent dimension"]["values"]
-    # Rounding moves a log-SNR that is drawn to the next timestep at times.
-    assert found["steered"]["value"] == pytest.approx(wanted.steered.mean, rel=2e-2)
-    assert found["shuffled"]["value"] == pytest.approx(wanted.shuffled.mean, rel=2e-2)
+    # Gains of both signs cancel in the mean: rounding is small beside its error, not beside it.
+    assert found["steered"]["value"] == pytest.approx(wanted.steered.mean, rel=1e-3, abs=1e-3 * wanted.steered.error)
+    assert found["shuffled"]["value"] == pytest.approx(wanted.shuffled.mean, rel=1e-3, abs=1e-3 * wanted.shuffled.error)
     # Pictures are those of the network under its own condition.
     condition = pairs[1, 0].condition[None].float() / 255
     with attach(pipe.unet, network, condition):

@@ -276,7 +276,7 @@ def test_only_who_has_the_password_sees_the_page_and_no_file_of_the_machine(stud
             page = me.get("/")
             assert page.status_code == 200
             assert "default-src 'self'" in page.headers["content-security-policy"]
-            for path in (secret, sys.executable, f"{tmp_path}/work/../secret.txt", Path(__file__)):
+            for path in (secret, sys.executable, f"{tmp_path}/runs/../secret.txt", Path(__file__)):
                 assert me.get(f"/gradio_api/file={path}").status_code == 403, path
             assert me.get(f"/gradio_api/file=../../../..{sys.executable}").status_code in (403, 404)
             assert me.get("/docs").status_code == 404
