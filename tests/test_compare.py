@@ -43,6 +43,7 @@ def values_of(folder, base_dir):
             "num_validation_images": 0,
             "mixed_precision": "no",
         },
+        "reference": "lite",
         "pairs": [8],
         "seeds": [0, 1],
         "tuning": {"learning_rates": [1e-9, 3e-3], "pairs": 8, "max_train_steps": 3},
@@ -230,14 +231,14 @@ def test_a_kill_loses_nothing_but_what_was_under_way(done, monkeypatch, tmp_path
     assert trained == ["lite-8-0"] * unfinished  # the sweep is kept, and so is a run whose result is there
     assert result(other, "run-lite-8-0")["weights"] == result(done, "run-lite-8-0")["weights"]
     assert result(other, "run-lite-8-0")["test"]["denoising"] == result(done, "run-lite-8-0")["test"]["denoising"]
-    assert not list(other.output_dir.rglob("checkpoint-*")) and (other.results_dir / "grid-8.png").exists()
+    assert not list(other.output_dir.rglob("checkpoint-*")) and (other.results_dir / "tiny-grid-8.png").exists()
 
 
 def test_methods_see_the_same_pairs_side_by_side(done):
-    assert (done.results_dir / "grid-8.png").exists()
+    assert (done.results_dir / "tiny-grid-8.png").exists()
     from PIL import Image
 
-    assert Image.open(done.results_dir / "grid-8.png").size == (5 * 130 - 2, 18 + 2 * 130 - 2)
+    assert Image.open(done.results_dir / "tiny-grid-8.png").size == (5 * 130 - 2, 18 + 2 * 130 - 2)
 
 
 def test_the_report_is_made_of_the_json_alone(done, tmp_path):
@@ -248,6 +249,16 @@ def test_the_report_is_made_of_the_json_alone(done, tmp_path):
     losses = [result(done, f"run-lite-8-{seed}")["test"]["denoising"]["loss"] for seed in (0, 1)]
     wanted = Figure(sum(losses) / 2, abs(losses[0] - losses[1]) / 2).shown()  # two values: s/√2 is half their distance
     assert f"| lite | {wanted} |" in text
+    gains = [
+        [100 * result(done, f"run-{method}-8-{seed}")["test"]["denoising"]["reduction"] for seed in (0, 1)]
+        for method in ("lite", "t2i")
+    ]
+    first, second = (lite - t2i for lite, t2i in zip(*gains, strict=True))
+    mean, error = (first + second) / 2, abs(first - second) / 2
+    shown = ("+" if mean > 0 else "") + Figure(mean, error).shown(1, " %")
+    shown = f"**{shown}**" if abs(mean) > 2 * error else shown
+    table = text[text.index("## How far lite lies above the others") :]
+    assert f"| t2i | {shown} |" in table and "| lite |" not in table[: table.index("## What each took")]
     assert "0.003 (at the edge of the sweep)" in text and "The sweep: 1e-09, 0.003; 8 pairs" in text
     for name in ("curves", "pairs", "trained-parameters", "seconds"):
         assert f"(results/tiny-{name}.png)" in text and (tmp_path / "docs" / "results" / f"tiny-{name}.png").exists()
@@ -270,6 +281,7 @@ def test_a_mean_and_its_standard_error():
         ({"pair": [3]}, "unknown key 'pair'; did you mean 'pairs'?"),
         ({"methods": {}}, "'methods'"),
         ({"tuning": {"learning_rates": []}}, "'tuning.learning_rates'"),
+        ({"reference": "bps"}, "there is no method 'bps'; there are: lite, t2i"),
     ],
 )
 def test_a_faulty_experiment_is_refused(tmp_path, change, message):

@@ -83,9 +83,12 @@ class ExperimentConfig(StrictConfig):
     output_dir: Path
     """Runs and their weights."""
     results_dir: Path
-    """One JSON a run, and the grids."""
+    """One JSON a run, and the grids. Experiments that share folders, ``train`` and ``tuning`` share the runs of a method
+    that both name."""
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
     """Keys of `TrainConfig` by which each method differs."""
+    reference: str | None = None
+    """The method that the report sets the others against."""
     train: dict[str, Any] = Field(default_factory=dict)
     """Keys of `TrainConfig` for all."""
     pairs: tuple[int | Literal["all"], ...] = Field(min_length=1)
@@ -109,11 +112,17 @@ class ExperimentConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _no_key_twice(self) -> ExperimentConfig:
+        if self.reference is not None and self.reference not in self.methods:
+            raise ValueError(f"reference: there is no method '{self.reference}'; there are: {', '.join(self.methods)}")
         for where, keys in {"train": self.train, **self.methods}.items():
             own = [key for key in keys if key in _OWN_KEYS]
             if own:
                 raise ValueError(f"{where}: {own[0]} is the experiment's own: leave it out")
         return self
+
+    def grid(self, pairs: int | str) -> Path:
+        """Where pictures of all methods, trained on so many pairs, lie side by side."""
+        return self.results_dir / f"{self.name}-grid-{pairs}.png"
 
     def training(self, method: str, pairs: int | str, seed: int, learning_rate: float, folder: str) -> TrainConfig:
         """The configuration of one run.
@@ -369,7 +378,7 @@ class _Comparison:
 
     def draw_grid(self, pairs: int | str, seed: int) -> None:
         """Condition, prior, every method and target side by side, each row from one seed."""
-        file = self.experiment.results_dir / f"grid-{pairs}.png"
+        file = self.experiment.grid(pairs)
         folders = {m: self.experiment.output_dir / "runs" / f"{m}-{pairs}-{seed}" for m in self.experiment.methods}
         whole = all((folder / "config.json").exists() for folder in folders.values())
         if file.exists() or not self.experiment.grid_rows or not whole:

@@ -27,6 +27,8 @@ HEADINGS = {
 _HIDDEN = ("information.nats_error", "denoising.gain", "denoising.gain_error", "denoising.control_error")
 QUALITY = ("information.nats", "denoising.reduction")
 """What is plotted: the first that was measured."""
+SET_AGAINST = (*QUALITY, "lines.f1")
+"""What the reference is compared in."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Results:
 
     @classmethod
     def read(cls, experiment: ExperimentConfig) -> Results:
-        """All results of the experiment's methods.
+        """All results of the experiment's methods and numbers of pairs.
 
         Raises:
             PowersteerError: There are none, or one is damaged.
@@ -72,7 +74,8 @@ class Results:
                 found[values["kind"]].append(values)
             except (ValueError, KeyError, TypeError):
                 raise PowersteerError(f"{file} is no result of powersteer compare: remove it") from None
-        runs = [run for run in found["run"] if run["method"] in experiment.methods]
+        wanted = {(method, pairs) for method in experiment.methods for pairs in experiment.pairs}
+        runs = [run for run in found["run"] if (run["method"], run["pairs"]) in wanted]
         if not runs:
             raise PowersteerError(f"{experiment.results_dir} holds no results yet: run without --report first")
         return cls(runs, {row["method"]: row for row in found["tuning"]}, next(iter(found["prior"]), None))
@@ -83,10 +86,19 @@ class Results:
 
     def figure(self, method: str, pairs: int | str, key: str) -> Figure | None:
         """A test figure, ``metric.figure``, over the seeds there are."""
+        values = self._by_seed(method, pairs, key)
+        return Figure.of(list(values.values())) if values else None
+
+    def difference(self, method: str, other: str, pairs: int | str, key: str) -> Figure | None:
+        """How far a method lies above another, seed by seed, over the seeds that both have."""
+        values, others = self._by_seed(method, pairs, key), self._by_seed(other, pairs, key)
+        both = [value - others[seed] for seed, value in values.items() if seed in others]
+        return Figure.of(both) if both else None
+
+    def _by_seed(self, method: str, pairs: int | str, key: str) -> dict[int, float]:
         metric, _, name = key.partition(".")
-        runs = self.of(method, pairs)
-        values = [run["test"][metric][name] for run in runs if name in run["test"].get(metric, {})]
-        return Figure.of(values) if values else None
+        rows = {run["seed"]: run["test"].get(metric, {}) for run in self.of(method, pairs)}
+        return {seed: row[name] for seed, row in sorted(rows.items()) if name in row}
 
     @property
     def keys(self) -> list[str]:
@@ -145,6 +157,7 @@ def _markdown(experiment: ExperimentConfig, results: Results, file: Path, plots:
             cells = [results.figure(method, pairs, key) for pairs in experiment.pairs]
             text.append(_line([method, *("" if cell is None else cell.shown(factor, unit) for cell in cells)]))
         text.append("")
+    text += _differences(experiment, results)
     text += ["## What each took", ""]
     text += _table(["method", "trained parameters", "learning rate", "seconds a run", "updates", "memory, estimated"])
     for method in experiment.methods:
@@ -169,10 +182,37 @@ def _markdown(experiment: ExperimentConfig, results: Results, file: Path, plots:
         "lies at an end, the sweep goes on past it.",
         "",
     ]
-    grids = [experiment.results_dir / f"grid-{pairs}.png" for pairs in experiment.pairs]
+    grids = [experiment.grid(pairs) for pairs in experiment.pairs]
     for picture in [*plots, *(grid for grid in grids if grid.exists())]:
         text += [f"![{picture.stem}]({Path(os.path.relpath(picture, file.parent)).as_posix()})", ""]
     return "\n".join(text).rstrip() + "\n"
+
+
+def _differences(experiment: ExperimentConfig, results: Results) -> list[str]:
+    """How far the reference lies above each other method."""
+    reference = experiment.reference
+    if reference is None:
+        return []
+    text = [
+        f"## How far {reference} lies above the others",
+        "",
+        f"Differences seed by seed, mean ± standard error; above zero {reference} is better. Bold: by more than two "
+        "standard errors, either way.",
+        "",
+    ]
+    for key in (key for key in SET_AGAINST if key in results.keys):
+        heading, factor, unit = HEADINGS[key]
+        text += _table([heading.removesuffix(" ↑"), *(f"{pairs} pairs" for pairs in experiment.pairs)])
+        for method in (method for method in experiment.methods if method != reference):
+            cells: list[str] = []
+            for pairs in experiment.pairs:
+                found = results.difference(reference, method, pairs, key)
+                shown = "" if found is None else f"{'+' if found.mean > 0 else ''}{found.shown(factor, unit)}"
+                clear = found is not None and found.error is not None and abs(found.mean) > 2 * found.error
+                cells.append(f"**{shown}**" if clear else shown)
+            text.append(_line([method, *cells]))
+        text.append("")
+    return text
 
 
 def _draw(experiment: ExperimentConfig, results: Results, folder: Path) -> list[str]:

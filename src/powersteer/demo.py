@@ -22,7 +22,7 @@ from powersteer.evaluation.lines import line_f1
 from powersteer.evaluation.report import write_report
 from powersteer.generate import GUIDANCE_SCALE, steered_pictures
 from powersteer.pictures import from_pil, save_grid
-from powersteer.training.config import TrainConfig
+from powersteer.training.config import TINY_LEARNING_RATE, TrainConfig
 from powersteer.training.heldout import HeldOut
 from powersteer.training.run import train
 
@@ -72,7 +72,7 @@ def run_demo(
     if pairs is None:
         settings |= {"validation_data_dir": data / "validation", "max_train_steps": steps or 2000}
     else:
-        settings |= {"preset": "few-shot", "max_train_samples": pairs}
+        settings |= {"preset": "few-shot", "max_train_samples": pairs, "learning_rate": TINY_LEARNING_RATE}
         settings |= {"max_train_steps": steps} if steps else {}
     config = build_config(settings, TrainConfig)
     trained = train(config)

@@ -15,12 +15,13 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from powersteer.base import EMBEDDED_BASE
 from powersteer.config import build_config, save_config
 from powersteer.data.check import DataReport, check_pairs
 from powersteer.data.layouts import read_rows
 from powersteer.errors import PowersteerError
 from powersteer.studio.uploads import unpack_pairs
-from powersteer.training.config import TrainConfig
+from powersteer.training.config import TINY_LEARNING_RATE, TrainConfig
 from powersteer.training.monitor import LOG
 
 SHOWN_PAIRS = 12
@@ -124,6 +125,8 @@ class Training:
             "cache_dir": self.work_dir / "cache",
             "validation_image_steps": 50,
         }
+        if self.base == EMBEDDED_BASE:
+            values["learning_rate"] = TINY_LEARNING_RATE
         config = build_config(values | settings, TrainConfig, where="training")
         try:
             output_dir.mkdir(parents=True)
