@@ -83,8 +83,8 @@ class ExperimentConfig(StrictConfig):
     output_dir: Path
     """Runs and their weights."""
     results_dir: Path
-    """One JSON a run, and the grids. Experiments that share folders, ``train`` and ``tuning`` share the runs of a method
-    that both name."""
+    """One JSON a run, and the grids. Experiments that share folders, ``train`` and ``tuning`` share the runs of methods
+    of the same name."""
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
     """Keys of `TrainConfig` by which each method differs."""
     reference: str | None = None
@@ -111,13 +111,13 @@ class ExperimentConfig(StrictConfig):
         return value
 
     @model_validator(mode="after")
-    def _no_key_twice(self) -> ExperimentConfig:
-        if self.reference is not None and self.reference not in self.methods:
-            raise ValueError(f"reference: there is no method '{self.reference}'; there are: {', '.join(self.methods)}")
+    def _consistent(self) -> ExperimentConfig:
         for where, keys in {"train": self.train, **self.methods}.items():
             own = [key for key in keys if key in _OWN_KEYS]
             if own:
                 raise ValueError(f"{where}: {own[0]} is the experiment's own: leave it out")
+        if self.reference is not None and self.reference not in self.methods:
+            raise ValueError(f"reference: there is no method '{self.reference}'; there are: {', '.join(self.methods)}")
         return self
 
     def grid(self, pairs: int | str) -> Path:

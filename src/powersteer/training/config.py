@@ -11,8 +11,8 @@ from powersteer.base import EMBEDDED_BASE
 from powersteer.config import StrictConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # From forty pairs: some are held out to choose when to stop, then all are used. Uniform weights, which learn more from
-    # few pairs than the method's head-heavy ones (docs/results.md).
+    # From forty pairs: some are held out to choose when to stop, then all are used. Uniform weights learn more from few
+    # pairs than the method's head-heavy ones (docs/results.md).
     "few-shot": {
         "weights": "uniform",
         "validation_split": 0.2,
