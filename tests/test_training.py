@@ -53,9 +53,9 @@ def test_training_lowers_the_held_out_loss_and_keeps_the_best(config):
     kept = held_out.losses(BPSModel.from_pretrained(config.output_dir)).mean().item()
     best = rows[result.best_step // 20]
     assert kept == pytest.approx(best["steered"], rel=1e-4)
-    # The row says what it is made of.
-    assert best["gain"] == pytest.approx(best["prior"] - best["steered"], rel=1e-4)
-    assert best["control"] == pytest.approx(best["shuffled"] - best["steered"], rel=1e-4)
+    # The row says what it is made of, to the rounding of losses about 1 in float32.
+    assert best["gain"] == pytest.approx(best["prior"] - best["steered"], abs=1e-6)
+    assert best["control"] == pytest.approx(best["shuffled"] - best["steered"], abs=1e-6)
     assert np.mean([band["steered"] for band in best["bands"].values()]) == pytest.approx(best["steered"], rel=1e-4)
     assert list(best["bands"]) == ["0-249", "250-499", "500-749", "750-999"]
 

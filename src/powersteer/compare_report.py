@@ -48,8 +48,9 @@ class Figure:
         """As text, with the digits that the error warrants."""
         if self.error is None:
             return f"{factor * self.mean:.3g}{unit}"
-        digits = 2 if factor * self.error >= 0.01 else 4
-        return f"{factor * self.mean:.{digits}f} ± {factor * self.error:.{digits}f}{unit}"
+        error = factor * self.error
+        digits = 2 if error >= 0.1 else 3 if error >= 0.001 else 4
+        return f"{factor * self.mean:.{digits}f} ± {error:.{digits}f}{unit}"
 
 
 @dataclass(frozen=True)
