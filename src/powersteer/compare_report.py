@@ -217,7 +217,7 @@ def _differences(experiment: ExperimentConfig, results: Results) -> list[str]:
 
 
 def _draw(experiment: ExperimentConfig, results: Results, folder: Path) -> list[str]:
-    """Curves, and quality against pairs, parameters and seconds; the files' names."""
+    """Curves over updates and seconds, quality against pairs and parameters; the files' names."""
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
@@ -229,21 +229,22 @@ def _draw(experiment: ExperimentConfig, results: Results, folder: Path) -> list[
         pyplot.close(figure)
 
     panels = [pairs for pairs in experiment.pairs if any(run["pairs"] == pairs for run in results.runs)]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), sharey=True, squeeze=False)
-    for axis, pairs in zip(axes[0], panels, strict=True):
-        for method in experiment.methods:
-            curve = _mean_curve(results.of(method, pairs))
-            axis.plot(list(curve), list(curve.values()), label=method)
-        axis.set(title=f"{pairs} pairs", xlabel="updates")
-    axes[0][0].set_ylabel("validation loss")
-    axes[0][-1].legend(fontsize="small")
-    save(figure, "curves")
+    for kind, across, label in (("curves", "step", "updates"), ("seconds", "seconds", "training seconds")):
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), sharey=True, squeeze=False)
+        for axis, pairs in zip(axes[0], panels, strict=True):
+            for method in experiment.methods:
+                curve = _mean_curve(results.of(method, pairs), across)
+                axis.plot([x for x, _ in curve], [loss for _, loss in curve], label=method)
+            axis.set(title=f"{pairs} pairs", xlabel=label)
+        axes[0][0].set_ylabel("validation loss")
+        axes[0][-1].legend(fontsize="small")
+        save(figure, kind)
 
     measured = next((key for key in QUALITY if key in results.keys), None)
     if measured is None:
         return drawn
     heading, factor, unit = HEADINGS[measured]
-    ways = {"pairs": "pairs", "trained_parameters": "trained parameters", "seconds": "training seconds"}
+    ways = {"pairs": "pairs", "trained_parameters": "trained parameters"}
     for key, label in ways.items():
         figure, axis = pyplot.subplots(figsize=(5, 3.6))
         for method in experiment.methods:
@@ -266,13 +267,12 @@ def _draw(experiment: ExperimentConfig, results: Results, folder: Path) -> list[
     return drawn
 
 
-def _mean_curve(runs: list[dict[str, Any]]) -> dict[int, float]:
-    """Validation loss by update, over the seeds that were measured there."""
-    losses: dict[int, list[float]] = defaultdict(list)
-    for run in runs:
-        for row in run["curve"]:
-            losses[row["step"]].append(row["steered"])
-    return {step: mean(losses[step]) for step in sorted(losses)}
+def _mean_curve(runs: list[dict[str, Any]], across: str) -> list[tuple[float, float]]:
+    """Means of ``across`` and of the validation loss, over the seeds, at each validation."""
+    rows: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in (row for run in runs for row in run["curve"]):
+        rows[row["step"]].append(row)
+    return [(mean(row[across] for row in at), mean(row["steered"] for row in at)) for _, at in sorted(rows.items())]
 
 
 def _at_edge(tuning: dict[str, Any] | None) -> bool:
