@@ -245,7 +245,7 @@ def test_the_report_is_made_of_the_json_alone(done, tmp_path):
     pytest.importorskip("matplotlib")
     moved = done.model_copy(update={"output_dir": tmp_path / "nowhere", "data_dir": tmp_path / "nothing"})
     text = write_report(moved, tmp_path / "docs" / "results.md").read_text()
-    assert "from 4 of 4 runs" in text and "over 2 seeds; 6 test pairs" in text
+    assert "from 4 of 4 runs" in text and "over up to 2 seeds, no error where there is one; 6 test pairs" in text
     losses = [result(done, f"run-lite-8-{seed}")["test"]["denoising"]["loss"] for seed in (0, 1)]
     wanted = Figure(sum(losses) / 2, abs(losses[0] - losses[1]) / 2).shown()  # two values: s/√2 is half their distance
     assert f"| lite | {wanted} |" in text
@@ -331,3 +331,14 @@ def test_the_experiments_that_ship_are_sound(name, request):
     assert len(experiment.seeds) >= 3 and experiment.name == name
     for method in experiment.methods:
         experiment.training(method, 40, 0, 1e-4, "runs")
+
+
+def test_the_ablations_share_the_runs_of_few_shot(request):
+    folder = request.config.rootpath / "configs" / "experiments"
+    few, ablations = (load_config(folder / f"{name}.yaml", ExperimentConfig) for name in ("few-shot", "ablations"))
+    shared = set(few.methods) & set(ablations.methods)
+    assert {"bps", "bps-uniform", "controlnet"} <= shared and few.results_dir == ablations.results_dir
+    assert [few.metrics, few.test_pairs, few.pictures] == [ablations.metrics, ablations.test_pairs, ablations.pictures]
+    assert few.tuning == ablations.tuning and set(ablations.pairs) <= set(few.pairs)
+    for method in shared:
+        assert few.training(method, 200, 0, 1e-4, "runs") == ablations.training(method, 200, 0, 1e-4, "runs")
