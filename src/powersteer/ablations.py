@@ -37,6 +37,10 @@ ABLATIONS: dict[str, type[BPSModel]] = {
     "conditional-half": ConditionalHalf,
 }
 
+BLIND = "blind"
+"""An ablation of any network, the baselines too: its conditions are empty, in training and ever after. What it gains
+all the same, it owes to the pictures it was trained on, not to the condition."""
+
 
 def last_layers(unet: Any) -> Iterator[tuple[int, nn.Module]]:
     """Where `AddedOnce` adds: the last of the layers that share a residual."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel, ControlNetXSAdapter, UNet2DConditionModel
 
-from powersteer.ablations import ABLATIONS, AddedOnce, ConditionalHalf, last_layers
+from powersteer.ablations import ABLATIONS, BLIND, AddedOnce, ConditionalHalf, last_layers
 from powersteer.base import load_adapter
 from powersteer.baselines import (
     Baseline,
@@ -70,20 +70,22 @@ def make_adapter(
         pixel_unshuffle: The VAE's scale factor.
         prediction_type: The scheduler's, recorded with the base.
         conditioning: What the condition is; recorded, too.
-        ablation: BPS without something; see `powersteer.ablations`.
+        ablation: BPS without something, or any network without its condition; see `powersteer.ablations`.
         **bps: Further arguments of `BPSModel.from_unet`, which the baselines have no use for.
 
     Raises:
         ValueError: ``preset`` or ``weights`` is unknown.
         PowersteerError: The baseline knows no such U-Net.
     """
+    if ablation == BLIND:
+        conditioning = {**(conditioning or {}), BLIND: True}
     if preset in BASELINES:
         network = _make_baseline(unet, preset, pixel_unshuffle, conditioning_channels)
         known = {"base": fingerprint(unet, prediction_type), "conditioning": conditioning}
         network.register_to_config(**{_RECORD: known})
         return network
     shape: Any = {"preset": preset, "pixel_unshuffle": pixel_unshuffle, "prediction_type": prediction_type, **bps}
-    kind = BPSModel if ablation is None else ABLATIONS[ablation]
+    kind = BPSModel if ablation in (None, BLIND) else ABLATIONS[ablation]
     return kind.from_unet(unet, conditioning_channels=conditioning_channels, conditioning=conditioning, **shape)
 
 
@@ -173,6 +175,8 @@ def attach(unet: UNet2DConditionModel, network: Adapter, condition: torch.Tensor
         PowersteerError: The network does not fit the U-Net, the condition is malformed, or (within the block) the
             number of conditions or their size does not fit the batch.
     """
+    if (record_of(network).get("conditioning") or {}).get(BLIND):
+        condition = torch.zeros_like(condition)
     if isinstance(network, BPSModel):
         layers = last_layers if isinstance(network, AddedOnce) else None
         both = not isinstance(network, ConditionalHalf)

@@ -22,6 +22,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 
+from powersteer.ablations import BLIND
 from powersteer.adapters import Adapter, load_network
 from powersteer.base import load_base
 from powersteer.config import StrictConfig, build_config
@@ -87,6 +88,8 @@ class ExperimentConfig(StrictConfig):
     of the same name."""
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
     """Keys of `TrainConfig` by which each method differs."""
+    rates_of: dict[str, str] = Field(default_factory=dict)
+    """Methods that take the learning rate of another, of which they are a variant, instead of a sweep of their own."""
     reference: str | None = None
     """The method that the report sets the others against."""
     train: dict[str, Any] = Field(default_factory=dict)
@@ -102,6 +105,14 @@ class ExperimentConfig(StrictConfig):
     """Test pairs that pictures are made for, where a metric wants some."""
     grid_rows: int = Field(default=6, ge=0)
 
+    def sighted(self, method: str) -> str | None:
+        """Of a method that is not shown the condition: the one that differs from it in this alone, if there is one."""
+        keys = self.methods[method]
+        if keys.get("ablation") != BLIND:
+            return None
+        same = {key: value for key, value in keys.items() if key != "ablation"}
+        return next((name for name, other in self.methods.items() if other == same), None)
+
     @field_validator("metrics")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -116,8 +127,14 @@ class ExperimentConfig(StrictConfig):
             own = [key for key in keys if key in _OWN_KEYS]
             if own:
                 raise ValueError(f"{where}: {own[0]} is the experiment's own: leave it out")
-        if self.reference is not None and self.reference not in self.methods:
-            raise ValueError(f"reference: there is no method '{self.reference}'; there are: {', '.join(self.methods)}")
+        named = {("reference", self.reference)} if self.reference else set[tuple[str, str]]()
+        named |= {("rates_of", name) for both in self.rates_of.items() for name in both}
+        for key, name in sorted(named):
+            if name not in self.methods:
+                raise ValueError(f"{key}: there is no method '{name}'; there are: {', '.join(self.methods)}")
+        chained = set(self.rates_of) & set(self.rates_of.values())
+        if chained:
+            raise ValueError(f"rates_of: {min(chained)} takes the rate of another itself: name that one")
         return self
 
     def grid(self, pairs: int | str) -> Path:
@@ -264,7 +281,7 @@ class _Comparison:
         experiment = self.experiment
         rates: dict[str, float] = {}
         for method in experiment.methods:
-            chosen = self.tuned(method)
+            chosen = self.tuned(experiment.rates_of.get(method, method))
             if chosen is None:
                 return True
             rates[method] = chosen

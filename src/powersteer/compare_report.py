@@ -44,6 +44,11 @@ class Figure:
         error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
         return cls(mean(values), error)
 
+    def difference(self, factor: float = 1.0, unit: str = "") -> str:
+        """As text, with its sign; bold where it is more than two errors from zero."""
+        shown = f"{'+' if self.mean > 0 else ''}{self.shown(factor, unit)}"
+        return f"**{shown}**" if self.error is not None and abs(self.mean) > 2 * self.error else shown
+
     def shown(self, factor: float = 1.0, unit: str = "") -> str:
         """As text, with the digits that the error warrants."""
         if self.error is None:
@@ -92,9 +97,12 @@ class Results:
 
     def difference(self, method: str, other: str, pairs: int | str, key: str) -> Figure | None:
         """How far a method lies above another, seed by seed, over the seeds that both have."""
-        values, others = self._by_seed(method, pairs, key), self._by_seed(other, pairs, key)
-        both = [value - others[seed] for seed, value in values.items() if seed in others]
-        return Figure.of(both) if both else None
+        values = _less(self._by_seed(method, pairs, key), self._by_seed(other, pairs, key))
+        return Figure.of(list(values.values())) if values else None
+
+    def of_condition(self, methods: tuple[str, str], pairs: int | str, key: str) -> dict[int, float]:
+        """What a method (the first) has that the same without its condition (the second) has not; by seed."""
+        return _less(*(self._by_seed(method, pairs, key) for method in methods))
 
     def _by_seed(self, method: str, pairs: int | str, key: str) -> dict[int, float]:
         metric, _, name = key.partition(".")
@@ -159,6 +167,7 @@ def _markdown(experiment: ExperimentConfig, results: Results, file: Path, plots:
             text.append(_line([method, *("" if cell is None else cell.shown(factor, unit) for cell in cells)]))
         text.append("")
     text += _differences(experiment, results)
+    text += _of_condition(experiment, results)
     text += ["## What each took", ""]
     text += _table(["method", "trained parameters", "learning rate", "seconds a run", "updates", "memory, estimated"])
     for method in experiment.methods:
@@ -205,15 +214,46 @@ def _differences(experiment: ExperimentConfig, results: Results) -> list[str]:
         heading, factor, unit = HEADINGS[key]
         text += _table([heading.removesuffix(" ↑"), *(f"{pairs} pairs" for pairs in experiment.pairs)])
         for method in (method for method in experiment.methods if method != reference):
-            cells: list[str] = []
-            for pairs in experiment.pairs:
-                found = results.difference(reference, method, pairs, key)
-                shown = "" if found is None else f"{'+' if found.mean > 0 else ''}{found.shown(factor, unit)}"
-                clear = found is not None and found.error is not None and abs(found.mean) > 2 * found.error
-                cells.append(f"**{shown}**" if clear else shown)
+            found = [results.difference(reference, method, pairs, key) for pairs in experiment.pairs]
+            cells = ["" if one is None else one.difference(factor, unit) for one in found]
             text.append(_line([method, *cells]))
         text.append("")
     return text
+
+
+def _of_condition(experiment: ExperimentConfig, results: Results) -> list[str]:
+    """What each method gains above itself without its condition."""
+    twins = {seeing: (seeing, blind) for blind in experiment.methods if (seeing := experiment.sighted(blind))}
+    if not twins:
+        return []
+    reference = experiment.reference if experiment.reference in twins else None
+    text = [
+        "## What of it the condition brings",
+        "",
+        "Differences seed by seed to the same network, trained alike, whose conditions are empty. What that gains is "
+        "no information from the condition: the frozen base is at fault on such pictures, and the network mends it.",
+        "",
+    ]
+    for key in (key for key in QUALITY if key in results.keys):
+        heading, factor, unit = HEADINGS[key]
+        text += _table([heading.removesuffix(" ↑"), *(f"{pairs} pairs" for pairs in experiment.pairs)])
+        brought = {
+            m: [results.of_condition(both, pairs, key) for pairs in experiment.pairs] for m, both in twins.items()
+        }
+        rows = dict(brought)
+        for other in (other for other in twins if reference is not None and other != reference):
+            both = zip(brought[reference], brought[other], strict=True)
+            rows[f"{reference} above {other}"] = [_less(values, others) for values, others in both]
+        for name, row in rows.items():
+            found = (Figure.of(list(values.values())) if values else None for values in row)
+            text.append(_line([name, *("" if one is None else one.difference(factor, unit) for one in found)]))
+        text.append("")
+    return text
+
+
+def _less(values: dict[int, float], others: dict[int, float]) -> dict[int, float]:
+    """Differences of what both have."""
+    return {seed: value - others[seed] for seed, value in values.items() if seed in others}
 
 
 def _draw(experiment: ExperimentConfig, results: Results, folder: Path) -> list[str]:
