@@ -68,6 +68,23 @@ def test_an_ablation_trains_and_loads_as_what_it_is(config, ablation):
     assert rows_of(config)[0]["steered"] == rows_of(config)[0]["prior"]
 
 
+@pytest.mark.parametrize("network", ["paper", "controlnet", "t2i-adapter"])
+def test_a_blind_network_learns_and_no_condition_moves_it(config, pipe, network):
+    change = {"network": network, "weights": "head-heavy", "ablation": "blind", "ema_decay": None}
+    config = config.model_copy(update={**change, "learning_rate": 2e-3, "max_train_steps": 4, "validation_steps": 4})
+    train(config)
+    last = rows_of(config)[-1]
+    assert last["steered"] != last["prior"] and last["steered"] == last["shuffled"]
+    kept = load_network(config.output_dir)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 6, 24)
+    with torch.no_grad():
+        guesses = []
+        for condition in (torch.rand(2, 1, 32, 32), torch.zeros(2, 1, 32, 32)):
+            with attach(pipe.unet, kept, condition):
+                guesses.append(pipe.unet(*inputs).sample)
+        assert torch.equal(*guesses)
+
+
 @torch.no_grad()
 def test_ablations_leave_out_what_they_say(pipe, model):
     condition, embedding = torch.rand(1, 1, 32, 32), torch.randn(1, 64)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 
@@ -234,6 +235,36 @@ def test_a_kill_loses_nothing_but_what_was_under_way(done, monkeypatch, tmp_path
     assert not list(other.output_dir.rglob("checkpoint-*")) and (other.results_dir / "tiny-grid-8.png").exists()
 
 
+def test_a_blind_twin_takes_the_rate_and_what_it_gains_is_taken_off(done, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    methods = {
+        **done.methods,
+        **{f"{name}-blind": {**keys, "ablation": "blind"} for name, keys in done.methods.items()},
+    }
+    twins = {"methods": methods, "rates_of": {"lite-blind": "lite", "t2i-blind": "t2i"}, "grid_rows": 0}
+    experiment = done.model_copy(update={**twins, "results_dir": tmp_path / "results"})
+    shutil.copytree(done.results_dir, experiment.results_dir)
+    assert not compare.compare(experiment)
+    assert not list(experiment.results_dir.glob("tuning-*-blind.json"))
+    for method in ("lite", "t2i"):
+        assert experiment.sighted(f"{method}-blind") == method and experiment.sighted(method) is None
+        run = result(experiment, f"run-{method}-blind-8-0")
+        assert run["learning_rate"] == result(done, f"tuning-{method}")["chosen"]
+        assert run["test"]["denoising"]["control"] == 0  # whose condition it is given makes no difference
+        assert run["test"]["information"]["control"] == 0
+
+    def brought(method, seed):
+        seeing, blind = (result(experiment, f"run-{name}-8-{seed}") for name in (method, f"{method}-blind"))
+        return seeing["test"]["information"]["nats"] - blind["test"]["information"]["nats"]
+
+    text = write_report(experiment, tmp_path / "results.md").read_text()
+    table = text[text.index("## What of it the condition brings") :]
+    assert f"| lite | {Figure.of([brought('lite', seed) for seed in (0, 1)]).difference()} |" in table
+    above = Figure.of([brought("lite", seed) - brought("t2i", seed) for seed in (0, 1)])
+    assert f"| lite above t2i | {above.difference()} |" in table
+    assert "lite-blind takes the rate of lite" in text
+
+
 def test_methods_see_the_same_pairs_side_by_side(done):
     assert (done.results_dir / "tiny-grid-8.png").exists()
     from PIL import Image
@@ -268,6 +299,7 @@ def test_the_report_is_made_of_the_json_alone(done, tmp_path):
 def test_a_mean_and_its_standard_error():
     figure = Figure.of([1.0, 2.0, 6.0])
     assert figure.mean == 3 and figure.error == pytest.approx(7**0.5 / 3**0.5)  # s² = (4 + 1 + 9) / 2
+    assert figure.difference() == "+3.00 ± 1.53" and Figure(-1.0, 0.4).difference() == "**-1.00 ± 0.40**"
     assert figure.shown() == "3.00 ± 1.53" and Figure.of([0.25]).shown(100, " %") == "25 %"
     assert Figure.of([0.1, 0.1002]).shown() == "0.1001 ± 0.0001"
 
@@ -281,7 +313,9 @@ def test_a_mean_and_its_standard_error():
         ({"pair": [3]}, "unknown key 'pair'; did you mean 'pairs'?"),
         ({"methods": {}}, "'methods'"),
         ({"tuning": {"learning_rates": []}}, "'tuning.learning_rates'"),
-        ({"reference": "bps"}, "there is no method 'bps'; there are: lite, t2i"),
+        ({"reference": "bps"}, "reference: there is no method 'bps'; there are: lite, t2i"),
+        ({"rates_of": {"lite": "bps"}}, "rates_of: there is no method 'bps'; there are: lite, t2i"),
+        ({"rates_of": {"lite": "t2i", "t2i": "t2i"}}, "rates_of: t2i takes the rate of another itself: name that one"),
     ],
 )
 def test_a_faulty_experiment_is_refused(tmp_path, change, message):
@@ -325,7 +359,7 @@ def test_the_command(done, tmp_path, monkeypatch, capsys):
     assert code == 2 and "cannot read the configuration" in printed.err
 
 
-@pytest.mark.parametrize("name", ["few-shot", "ablations"])
+@pytest.mark.parametrize("name", ["few-shot", "ablations", "blind"])
 def test_the_experiments_that_ship_are_sound(name, request):
     experiment = load_config(request.config.rootpath / "configs" / "experiments" / f"{name}.yaml", ExperimentConfig)
     assert len(experiment.seeds) >= 3 and experiment.name == name
@@ -333,12 +367,13 @@ def test_the_experiments_that_ship_are_sound(name, request):
         experiment.training(method, 40, 0, 1e-4, "runs")
 
 
-def test_the_ablations_share_the_runs_of_few_shot(request):
+@pytest.mark.parametrize("name", ["ablations", "blind"])
+def test_they_share_the_runs_of_few_shot(name, request):
     folder = request.config.rootpath / "configs" / "experiments"
-    few, ablations = (load_config(folder / f"{name}.yaml", ExperimentConfig) for name in ("few-shot", "ablations"))
-    shared = set(few.methods) & set(ablations.methods)
-    assert {"bps", "bps-uniform", "controlnet"} <= shared and few.results_dir == ablations.results_dir
-    assert [few.metrics, few.test_pairs, few.pictures] == [ablations.metrics, ablations.test_pairs, ablations.pictures]
-    assert few.tuning == ablations.tuning and set(ablations.pairs) <= set(few.pairs)
+    few, other = (load_config(folder / f"{name}.yaml", ExperimentConfig) for name in ("few-shot", name))
+    shared = set(few.methods) & set(other.methods)
+    assert {"bps-uniform", "controlnet-plain"} <= shared and few.results_dir == other.results_dir
+    assert [few.metrics, few.test_pairs, few.pictures] == [other.metrics, other.test_pairs, other.pictures]
+    assert few.tuning == other.tuning and set(other.pairs) <= set(few.pairs)
     for method in shared:
-        assert few.training(method, 200, 0, 1e-4, "runs") == ablations.training(method, 200, 0, 1e-4, "runs")
+        assert few.training(method, 200, 0, 1e-4, "runs") == other.training(method, 200, 0, 1e-4, "runs")

@@ -189,7 +189,8 @@ def _markdown(experiment: ExperimentConfig, results: Results, file: Path, plots:
         "",
         f"The sweep: {', '.join(f'{rate:g}' for rate in tuning.learning_rates)}; {tuning.pairs} pairs, "
         f"{tuning.max_train_steps} updates, seed {tuning.seed}; the lowest loss on the validation split. Where that "
-        "lies at an end, the sweep goes on past it.",
+        "lies at an end, the sweep goes on past it."
+        + "".join(f" {method} takes the rate of {other}." for method, other in experiment.rates_of.items()),
         "",
     ]
     grids = [experiment.grid(pairs) for pairs in experiment.pairs]

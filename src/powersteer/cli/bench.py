@@ -127,7 +127,9 @@ def bench_posterior(
     ] = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option(help="paper, lite, controlnet, controlnet-xs, t2i-adapter; may be repeated.", show_default="most"),
+        typer.Option(
+            help="paper, uniform, lite, controlnet, controlnet-xs, t2i-adapter; may be repeated.", show_default="most"
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from other pairs.")] = 1,
     minutes: Annotated[float, typer.Option(help="Of training a run, at most.")] = 5.0,

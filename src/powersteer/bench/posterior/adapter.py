@@ -14,8 +14,15 @@ from powersteer.adapters import Adapter, attach, make_adapter
 from powersteer.bench.posterior.learning import BATCH, Budget, Learner
 from powersteer.bench.posterior.world import BANDS, Noisy, Pairs, World, predict
 
-LEARNING_RATES = {"paper": 5e-4, "lite": 1e-3, "controlnet": 1e-3, "controlnet-xs": 1e-3, "t2i-adapter": 1e-3}
-"""The methods, and the highest rate of each."""
+LEARNING_RATES = {
+    "paper": 5e-4,
+    "uniform": 1e-3,
+    "lite": 1e-3,
+    "controlnet": 1e-3,
+    "controlnet-xs": 1e-3,
+    "t2i-adapter": 1e-3,
+}
+"""The methods, and the highest rate of each; ``uniform`` is the paper's network with uniform weights."""
 HELD_OUT_SHARE, HELD_OUT_MOST, HELD_OUT_DRAWS = 0.2, 500, 1000
 """Pairs kept for early stopping, and the least number of draws made of them."""
 VALIDATE_UPDATES, PATIENCE = 100, 10
@@ -70,7 +77,8 @@ def train_adapter(world: World, unet: Any, method: str, pairs: Pairs, budget: Bu
         seed: Of the network, the order and the noise.
     """
     torch.manual_seed(seed)
-    made: Any = make_adapter(unet, preset=method, conditioning_channels=world.condition_channels, pixel_unshuffle=1)
+    shape: Any = {"preset": "paper", "weights": "uniform"} if method == "uniform" else {"preset": method}
+    made: Any = make_adapter(unet, **shape, conditioning_channels=world.condition_channels, pixel_unshuffle=1)
     network: Adapter = made.to(memory_format=torch.channels_last)
     network.requires_grad_(True)
     learner = Learner(network, LEARNING_RATES[method], budget)

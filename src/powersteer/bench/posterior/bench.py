@@ -22,7 +22,7 @@ from powersteer.errors import PowersteerError
 from powersteer.hardware import machine
 
 PAIRS = (40, 200, 1000, 5000, 20_000)
-METHODS = ("paper", "lite", "controlnet", "t2i-adapter")
+METHODS = ("paper", "uniform", "lite", "controlnet", "t2i-adapter")
 MOST_UPDATES = 10_000
 FEWEST_PAIRS = 8
 EVALUATED_PAIRS = 512
@@ -91,7 +91,7 @@ def bench_posterior(
         out_dir: Gets ``prior/`` (the U-Net), ``runs/`` (one JSON a run), and for the observation a JSON and a plot.
         observation: ``blur``, ``mask`` or ``edges``.
         pairs: Numbers of training pairs.
-        methods: Out of ``paper``, ``lite``, ``controlnet``, ``controlnet-xs`` and ``t2i-adapter``.
+        methods: Out of ``paper``, ``uniform``, ``lite``, ``controlnet``, ``controlnet-xs`` and ``t2i-adapter``.
         seeds: Runs of each, from other pairs.
         minutes: Of training a run, at most.
         prior_minutes: Of training the prior, at most.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 NAMES = {
     "paper": "BPS paper",
+    "uniform": "BPS uniform",
     "lite": "BPS lite",
     "controlnet": "ControlNet",
     "controlnet-xs": "ControlNet-XS",
