@@ -227,7 +227,7 @@ def _of_condition(experiment: ExperimentConfig, results: Results) -> list[str]:
     twins = {seeing: (seeing, blind) for blind in experiment.methods if (seeing := experiment.sighted(blind))}
     if not twins:
         return []
-    reference = experiment.reference if experiment.reference in twins else None
+    reference = next((method for method in twins if method == experiment.reference), None)
     text = [
         "## What of it the condition brings",
         "",
@@ -242,9 +242,10 @@ def _of_condition(experiment: ExperimentConfig, results: Results) -> list[str]:
             m: [results.of_condition(both, pairs, key) for pairs in experiment.pairs] for m, both in twins.items()
         }
         rows = dict(brought)
-        for other in (other for other in twins if reference is not None and other != reference):
-            both = zip(brought[reference], brought[other], strict=True)
-            rows[f"{reference} above {other}"] = [_less(values, others) for values, others in both]
+        if reference is not None:
+            for other in (other for other in twins if other != reference):
+                both = zip(brought[reference], brought[other], strict=True)
+                rows[f"{reference} above {other}"] = [_less(values, others) for values, others in both]
         for name, row in rows.items():
             found = (Figure.of(list(values.values())) if values else None for values in row)
             text.append(_line([name, *("" if one is None else one.difference(factor, unit) for one in found)]))
