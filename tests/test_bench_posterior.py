@@ -196,7 +196,7 @@ def test_bench_refuses_in_words(run, tmp_path, monkeypatch):
     for changed, message in (
         ({"minutes": 2.0}, "edges-t2i-adapter-8-0.json was made with minutes 5.0, not 2.0: give another --out"),
         ({"observation": "sketch"}, "must be blur, mask, edges, not 'sketch'"),
-        ({"methods": ["lora"]}, "the method must be paper, lite, .* not 'lora'"),
+        ({"methods": ["lora"]}, "the method must be paper, uniform, lite, .* not 'lora'"),
         ({"pairs": [40, 3]}, "3 pairs are too few"),
         ({"minutes": 0.0}, "minutes above zero"),
     ):
