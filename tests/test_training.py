@@ -254,7 +254,7 @@ def test_patience_stops_and_warns_of_over_fitting(config, capsys):
         update={
             "max_train_steps": 400,
             "validation_steps": 5,
-            "patience": 4,
+            "patience": 8,  # validations, enough for the training loss to fall on any machine
             "learning_rate": 3e-3,
             "ema_decay": None,
             "lr_warmup_steps": 0,
@@ -262,7 +262,7 @@ def test_patience_stops_and_warns_of_over_fitting(config, capsys):
         }
     )
     result = train(config)
-    assert result.step == result.best_step + 20 < 400
+    assert result.step == result.best_step + 40 < 400
     assert log_of(config)[-1]["step"] == result.step
     assert "over-fitting; the weights of step" in capsys.readouterr().err.replace("\n", " ")
 
