@@ -235,7 +235,7 @@ def test_a_kill_loses_nothing_but_what_was_under_way(done, monkeypatch, tmp_path
     assert not list(other.output_dir.rglob("checkpoint-*")) and (other.results_dir / "tiny-grid-8.png").exists()
 
 
-def test_a_blind_twin_takes_the_rate_and_what_it_gains_is_taken_off(done, tmp_path, monkeypatch):
+def test_a_blind_twin_takes_the_rate_and_what_it_gains_is_taken_off(done, tmp_path):
     pytest.importorskip("matplotlib")
     methods = {
         **done.methods,

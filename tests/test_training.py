@@ -254,7 +254,7 @@ def test_patience_stops_and_warns_of_over_fitting(config, capsys):
         update={
             "max_train_steps": 400,
             "validation_steps": 5,
-            "patience": 8,  # validations, enough for the training loss to fall on any machine
+            "patience": 8,  # validations: the warning wants one with less loss on training pairs than the best step had
             "learning_rate": 3e-3,
             "ema_decay": None,
             "lr_warmup_steps": 0,
