@@ -16,7 +16,7 @@ from powersteer.bench.posterior import adapter as adapters
 from powersteer.bench.posterior import bench, learning, prior
 from powersteer.bench.posterior.adapter import Score, guesses, score, train_adapter
 from powersteer.bench.posterior.bench import bench_posterior
-from powersteer.bench.posterior.learning import Budget, Learner
+from powersteer.bench.posterior.learning import Learner
 from powersteer.bench.posterior.world import World, make_unet, predict
 from powersteer.errors import PowersteerError
 
@@ -103,10 +103,10 @@ def test_every_method_learns_and_keeps_nothing_worse_than_the_prior(world, unet,
     pairs = world.draw(8, generator())
     if method == "controlnet-xs":
         with pytest.raises(PowersteerError, match="2 ResNets a level"):
-            train_adapter(world, unet, method, pairs, Budget(2, 1.0), seed=0)
+            train_adapter(world, unet, method, pairs, 2, seed=0)
         return
     before = [p.clone() for p in unet.parameters()]
-    trained = train_adapter(world, unet, method, pairs, Budget(3, 1.0), seed=0)
+    trained = train_adapter(world, unet, method, pairs, 3, seed=0)
     assert trained.updates == 3 and len(trained.held_out) == 3  # before, after two, at the end
     best = min(range(3), key=trained.held_out.__getitem__)
     assert trained.best_update == (0, 2, 3)[best]
@@ -123,7 +123,7 @@ def test_patience_ends_a_run_and_the_best_weights_are_kept(world, unet, monkeypa
     monkeypatch.setattr(adapters, "PATIENCE", 2)
     monkeypatch.setattr(adapters, "LEARNING_RATES", {"lite": 1.0})  # nothing good comes of it for long
     pairs = world.draw(10, generator())
-    trained = train_adapter(world, unet, "lite", pairs, Budget(50, 1.0), seed=0)
+    trained = train_adapter(world, unet, "lite", pairs, 50, seed=0)
     curve = trained.held_out
     assert trained.updates == trained.best_update + 2 == len(curve) - 1 and curve[trained.best_update] == min(curve)
     draws = adapters.held_out_draws(world, pairs[:2], generator())  # a fifth, eight times each
@@ -133,25 +133,24 @@ def test_patience_ends_a_run_and_the_best_weights_are_kept(world, unet, monkeypa
 
 
 def test_the_prior_learns_the_field(world, unet):
-    learned, figures = prior.train_prior(Budget(12, 1.0))
+    learned, figures = prior.train_prior(12)
     assert figures["updates"] == 12 and not learned.training
     before, after = (sum(prior.prior_excess(u, world, 16, seed=1)) for u in (make_unet().eval(), learned))
     assert after < before
 
 
-def test_a_budget_ends_at_its_updates_or_minutes_and_the_rate_falls():
+def test_learning_ends_at_its_updates_and_the_rate_falls():
     layer = nn.Linear(1, 1, bias=False)
     nn.init.ones_(layer.weight)
     places = [1.0]
-    for _ in Learner(layer, 0.1, Budget(20, 1.0)).updates(lambda: layer.weight.sum()):
+    for _ in Learner(layer, 0.1, 20).updates(lambda: layer.weight.sum()):
         places.append(layer.weight.item())
     steps = [a - b for a, b in pairwise(places)]
     assert len(steps) == 20
     # Under a constant gradient Adam moves by the rate itself: half a cosine.
     assert steps == pytest.approx([0.05 * (1 + math.cos(math.pi * i / 20)) for i in range(20)], rel=1e-3)
-    assert not list(Learner(layer, 0.1, Budget(20, 1e-12)).updates(lambda: layer.weight.sum()))
     with pytest.raises(PowersteerError, match=r"the loss of Linear is nan at update 0"):
-        next(Learner(layer, 0.1, Budget(20, 1.0)).updates(lambda: layer.weight.sum() * math.nan))
+        next(Learner(layer, 0.1, 20).updates(lambda: layer.weight.sum() * math.nan))
 
 
 @pytest.fixture
@@ -160,7 +159,7 @@ def run(tmp_path):
 
     def run(**changed):
         given = {"pairs": [8], "methods": ["t2i-adapter"], "seeds": 2, "updates": 1, "evaluated_pairs": 4}
-        given["prior_minutes"] = 1e-3
+        given["prior_updates"] = 1
         said.clear()
         return bench_posterior(tmp_path, **{**given, **changed}, say=said.append), list(said)
 
@@ -194,11 +193,10 @@ def test_bench_sums_up_and_does_nothing_twice(run, tmp_path):
 def test_bench_refuses_in_words(run, tmp_path, monkeypatch):
     run(seeds=1)
     for changed, message in (
-        ({"minutes": 2.0}, "edges-t2i-adapter-8-0.json was made with minutes 5.0, not 2.0: give another --out"),
+        ({"updates": 2}, "edges-t2i-adapter-8-0.json was made with updates 1, not 2: give another --out"),
         ({"observation": "sketch"}, "must be blur, mask, edges, not 'sketch'"),
         ({"methods": ["lora"]}, "the method must be paper, uniform, lite, .* not 'lora'"),
         ({"pairs": [40, 3]}, "3 pairs are too few"),
-        ({"minutes": 0.0}, "minutes above zero"),
     ):
         with pytest.raises(PowersteerError, match=message):
             run(**changed)
@@ -211,7 +209,7 @@ def test_bench_refuses_in_words(run, tmp_path, monkeypatch):
         run()
     (tmp_path / "file").write_text("")
     with pytest.raises(PowersteerError, match="cannot keep the prior in"):
-        bench_posterior(tmp_path / "file", pairs=[8], updates=1, prior_minutes=1e-3)
+        bench_posterior(tmp_path / "file", pairs=[8], updates=1, prior_updates=1)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PowersteerError, match=r"pip install 'powersteer\[plots\]'"):
@@ -226,7 +224,7 @@ def test_bench_posterior_command(tmp_path, monkeypatch, capsys):
         return stop.value.code or 0, capsys.readouterr()
 
     monkeypatch.setattr(bench_posterior, "__kwdefaults__", {**bench_posterior.__kwdefaults__, "evaluated_pairs": 4})
-    args = ("--pairs", "8", "--methods", "t2i-adapter", "--minutes", "0.001", "--prior-minutes", "0.001")
+    args = ("--pairs", "8", "--methods", "t2i-adapter", "--updates", "1", "--prior-updates", "1")
     code, printed = run(*args, "--observation", "mask")
     assert code == 0 and "t2i-adapter" in printed.out and "prior U-Net" in printed.out
     code, printed = run(*args, "--observation", "mask", "--json")

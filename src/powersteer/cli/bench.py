@@ -132,8 +132,8 @@ def bench_posterior(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from other pairs.")] = 1,
-    minutes: Annotated[float, typer.Option(help="Of training a run, at most.")] = 5.0,
-    prior_minutes: Annotated[float, typer.Option(help="Of training the prior, at most.")] = 10.0,
+    updates: Annotated[int, typer.Option(min=1, help="Of training a run, at most.")] = 1000,
+    prior_updates: Annotated[int, typer.Option(min=1, help="Of training the prior.")] = 2500,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """How near adapters come to the exact posterior of a Gaussian field, against the pairs they learned from."""
@@ -146,8 +146,8 @@ def bench_posterior(
         pairs=pairs or PAIRS,
         methods=methods or METHODS,
         seeds=seeds,
-        minutes=minutes,
-        prior_minutes=prior_minutes,
+        updates=updates,
+        prior_updates=prior_updates,
         say=lambda line: Console(stderr=True).print(line, highlight=False),
     )
     if as_json:

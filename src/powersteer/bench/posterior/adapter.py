@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from powersteer.adapters import Adapter, attach, make_adapter
-from powersteer.bench.posterior.learning import BATCH, Budget, Learner
+from powersteer.bench.posterior.learning import BATCH, Learner
 from powersteer.bench.posterior.world import BANDS, Noisy, Pairs, World, predict
 
 LEARNING_RATES = {
@@ -63,7 +63,7 @@ class Trained:
     seconds: float
 
 
-def train_adapter(world: World, unet: Any, method: str, pairs: Pairs, budget: Budget, seed: int) -> Trained:
+def train_adapter(world: World, unet: Any, method: str, pairs: Pairs, updates: int, seed: int) -> Trained:
     """Train on ``pairs`` by the ordinary denoising loss, some held out to choose when to stop.
 
     Data, order, timesteps and noise are the same for every method.
@@ -73,7 +73,7 @@ def train_adapter(world: World, unet: Any, method: str, pairs: Pairs, budget: Bu
         unet: The frozen prior.
         method: A key of `LEARNING_RATES`.
         pairs: At least four.
-        budget: The most it may take.
+        updates: To take at most.
         seed: Of the network, the order and the noise.
     """
     torch.manual_seed(seed)
@@ -81,7 +81,7 @@ def train_adapter(world: World, unet: Any, method: str, pairs: Pairs, budget: Bu
     made: Any = make_adapter(unet, **shape, conditioning_channels=world.condition_channels, pixel_unshuffle=1)
     network: Adapter = made.to(memory_format=torch.channels_last)
     network.requires_grad_(True)
-    learner = Learner(network, LEARNING_RATES[method], budget)
+    learner = Learner(network, LEARNING_RATES[method], updates)
     generator = torch.Generator().manual_seed(seed)
     kept = min(max(2, round(HELD_OUT_SHARE * len(pairs))), HELD_OUT_MOST)
     held_out, seen = held_out_draws(world, pairs[:kept], generator), pairs[kept:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from powersteer.bench.posterior.adapter import LEARNING_RATES, score, train_adapter
-from powersteer.bench.posterior.learning import BATCH, Budget
+from powersteer.bench.posterior.learning import BATCH
 from powersteer.bench.posterior.plot import plot
 from powersteer.bench.posterior.prior import frozen_prior, prior_excess
 from powersteer.bench.posterior.world import BANDS, EXPONENT, LENGTH_PIXELS, NOISE, SIDE, World
@@ -23,7 +22,7 @@ from powersteer.hardware import machine
 
 PAIRS = (40, 200, 1000, 5000, 20_000)
 METHODS = ("paper", "uniform", "lite", "controlnet", "t2i-adapter")
-MOST_UPDATES = 10_000
+UPDATES, PRIOR_UPDATES = 1000, 2500
 FEWEST_PAIRS = 8
 EVALUATED_PAIRS = 512
 EVALUATION_SEED = 2**40
@@ -79,9 +78,8 @@ def bench_posterior(
     pairs: Sequence[int] = PAIRS,
     methods: Sequence[str] = METHODS,
     seeds: int = 1,
-    minutes: float = 5.0,
-    prior_minutes: float = 10.0,
-    updates: int = MOST_UPDATES,
+    updates: int = UPDATES,
+    prior_updates: int = PRIOR_UPDATES,
     evaluated_pairs: int = EVALUATED_PAIRS,
     say: Callable[[str], None] = print,
 ) -> PosteriorBench:
@@ -93,9 +91,8 @@ def bench_posterior(
         pairs: Numbers of training pairs.
         methods: Out of ``paper``, ``uniform``, ``lite``, ``controlnet``, ``controlnet-xs`` and ``t2i-adapter``.
         seeds: Runs of each, from other pairs.
-        minutes: Of training a run, at most.
-        prior_minutes: Of training the prior, at most.
-        updates: Of training, at most.
+        updates: Of training a run, at most.
+        prior_updates: Of training the prior.
         evaluated_pairs: Fresh pairs that runs are measured on, in every band of timesteps.
         say: Hears of each run that ends.
 
@@ -108,24 +105,20 @@ def bench_posterior(
             raise PowersteerError(f"the method must be {', '.join(LEARNING_RATES)}, not '{method}'")
     if min(pairs) < FEWEST_PAIRS:
         raise PowersteerError(f"{min(pairs)} pairs are too few to hold some out: take {FEWEST_PAIRS} or more")
-    if not (0 < minutes < math.inf and 0 < prior_minutes < math.inf):
-        raise PowersteerError("a run needs some time: give minutes above zero")
     if importlib.util.find_spec("matplotlib") is None:
         raise PowersteerError("the plot needs matplotlib: pip install 'powersteer[plots]'")
     world = World(observation)
-    unet, digest = frozen_prior(out_dir / "prior", prior_minutes)
+    unet, digest = frozen_prior(out_dir / "prior", prior_updates)
     setup = {
         "side": SIDE,
         "length_pixels": LENGTH_PIXELS,
         "exponent": EXPONENT,
         "noise": NOISE,
         "prior": digest,
-        "minutes": minutes,
         "updates": updates,
         "batch": BATCH,
         "evaluated_pairs": evaluated_pairs,
     }
-    budget = Budget(updates, minutes)
     rows: list[Row] = []
     for count in dict.fromkeys(pairs):
         for method in dict.fromkeys(methods):
@@ -136,7 +129,7 @@ def bench_posterior(
                 if file.exists():
                     runs.append(_finished(file, made_in))
                     continue
-                runs.append(_run(world, unet, method, count, budget, seed, evaluated_pairs) | {"setup": made_in})
+                runs.append(_run(world, unet, method, count, updates, seed, evaluated_pairs) | {"setup": made_in})
                 _write(file, runs[-1])
                 say(f"{method}, {count} pairs, seed {seed}: {runs[-1]['share']:.1%} of the gap closed")
             rows.append(_row(method, count, runs))
@@ -156,10 +149,10 @@ def bench_posterior(
 
 
 def _run(
-    world: World, unet: Any, method: str, count: int, budget: Budget, seed: int, evaluated_pairs: int
+    world: World, unet: Any, method: str, count: int, updates: int, seed: int, evaluated_pairs: int
 ) -> dict[str, Any]:
     pairs = world.draw(count, torch.Generator().manual_seed(seed))
-    trained = train_adapter(world, unet, method, pairs, budget, seed)
+    trained = train_adapter(world, unet, method, pairs, updates, seed)
     scored = score(world, unet, trained.network, evaluated_pairs, EVALUATION_SEED)
     return {
         "share": scored.share,

@@ -11,21 +11,19 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
-from powersteer.bench.posterior.learning import BATCH, Budget, Learner
+from powersteer.bench.posterior.learning import BATCH, Learner
 from powersteer.bench.posterior.world import BANDS, Pairs, World, make_unet, predict
 from powersteer.errors import PowersteerError
 
 LEARNING_RATE = 2e-3
-PRIOR_UPDATES = 20_000
 
 
-def frozen_prior(folder: Path, minutes: float, updates: int = PRIOR_UPDATES) -> tuple[Any, str]:
+def frozen_prior(folder: Path, updates: int) -> tuple[Any, str]:
     """The U-Net kept in ``folder``; trained first where there is none.
 
     Args:
         folder: Holds the weights, and ``learning.json``.
-        minutes: Of training, at most.
-        updates: Of training, at most.
+        updates: Of training.
 
     Returns:
         The frozen U-Net, and a digest of its weights.
@@ -36,7 +34,7 @@ def frozen_prior(folder: Path, minutes: float, updates: int = PRIOR_UPDATES) -> 
     weights = folder / "diffusion_pytorch_model.safetensors"
     try:
         if not weights.exists():
-            unet, learned = train_prior(Budget(updates, minutes))
+            unet, learned = train_prior(updates)
             unet.save_pretrained(folder)
             (folder / "learning.json").write_text(json.dumps(learned, indent=2) + "\n", encoding="utf-8")
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
@@ -48,7 +46,7 @@ def frozen_prior(folder: Path, minutes: float, updates: int = PRIOR_UPDATES) -> 
     return prior.requires_grad_(False).eval().to(memory_format=torch.channels_last), digest
 
 
-def train_prior(budget: Budget, seed: int = 0) -> tuple[UNet2DConditionModel, dict[str, float]]:
+def train_prior(updates: int, seed: int = 0) -> tuple[UNet2DConditionModel, dict[str, float]]:
     """A U-Net that denoises the field, from fresh samples in every batch.
 
     Its target is E[ε | z] in place of ε: the same minimum, without the noise of what nobody can predict.
@@ -61,7 +59,7 @@ def train_prior(budget: Budget, seed: int = 0) -> tuple[UNet2DConditionModel, di
     unet: Any = make_unet()
     unet.to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(seed)
-    learner = Learner(unet, LEARNING_RATE, budget)
+    learner = Learner(unet, LEARNING_RATE, updates)
 
     def loss() -> torch.Tensor:
         pictures = world.field.sample(BATCH, generator)
@@ -70,11 +68,12 @@ def train_prior(budget: Budget, seed: int = 0) -> tuple[UNet2DConditionModel, di
         target = world.field.denoise(noisy.pictures, noisy.alphas)
         return F.mse_loss(predict(unet, noisy), target.float())
 
-    taken = sum(1 for _ in learner.updates(loss))
+    for _ in learner.updates(loss):
+        pass
     with learner.average.applied(learner.parameters):
         kept = make_unet()
         kept.load_state_dict(unet.state_dict())
-    return kept.eval(), {"updates": taken, "seconds": learner.seconds}
+    return kept.eval(), {"updates": updates, "seconds": learner.seconds}
 
 
 @torch.no_grad()
