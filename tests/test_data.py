@@ -165,6 +165,12 @@ def test_views_cut_and_mirror_picture_and_condition_alike(pairs_dir):
     assert not torch.equal(pairs.view(3, 2)[0], pairs.view(3, 4)[0])
 
 
+def test_cut_outs_are_no_smaller_than_asked_for():
+    views = Views(crops=3, smallest_crop=0.9)
+    sides = [views.of(index, view)[0] for index in range(100) for view in range(1, 4)]
+    assert 0.9 <= min(sides) < 0.91 and 0.99 < max(sides) <= 1
+
+
 def test_cache_is_used_and_follows_content_and_weights(pipe, tmp_path):
     folder = draw_pairs(tmp_path / "pairs", 4)
     cache = tmp_path / "cache"

@@ -122,7 +122,9 @@ class TrainConfig(StrictConfig):
     random_flip: bool = False
     """Mirror half of the pairs."""
     random_crops: int = Field(default=0, ge=0)
-    """Cut each pair out at random in so many more ways, at least 80 % of a side."""
+    """Cut each pair out at random in so many more ways."""
+    smallest_crop: float = Field(default=0.8, gt=0, le=1)
+    """Of a side. Cut-outs are enlarged: lines grow thicker, by a fourth at 0.8."""
     cache_latents: bool = True
     """Encode pictures and captions once."""
     cache_dir: Path | None = None
@@ -166,6 +168,8 @@ class TrainConfig(StrictConfig):
     max_grad_norm: float = Field(default=1.0, gt=0)
     ema_decay: float | None = Field(default=0.998, ge=0, lt=1)
     """Of the weights' running average, which is what is validated and kept; null for none."""
+    log_snr_share: float = Field(default=0.0, ge=0, le=1)
+    """Of the timesteps, drawn evenly in log-SNR instead of in t: more of them see little noise, and so fine details."""
     snr_gamma: float | None = Field(default=None, gt=0)
     """Min-SNR weighting of the loss; 5 is its authors' choice."""
 

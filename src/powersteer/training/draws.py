@@ -23,10 +23,22 @@ class Draws:
     """(N, 3), uniform in [0, 1): for `prompt_of`."""
 
 
-def draw(config: TrainConfig, step: int, count: int, num_train_timesteps: int) -> Draws:
-    """The draws of update ``step`` for ``count`` samples."""
-    generator = torch.Generator().manual_seed(_seed(config.seed, step))
-    timesteps = torch.randint(num_train_timesteps, (count,), generator=generator)
+def draw(config: TrainConfig, step: int, count: int, probabilities: torch.Tensor) -> Draws:
+    """The draws of update ``step`` for ``count`` samples.
+
+    Args:
+        config: ``seed``, ``log_snr_share`` and ``proportion_empty_conditions``.
+        step: Counted in updates.
+        count: Of the whole batch.
+        probabilities: Of timesteps (T,), by `powersteer.training.objective.timestep_probabilities`; where they are not
+            all alike, one timestep is drawn from each of ``count`` equally probable parts.
+    """
+    generator, last = torch.Generator().manual_seed(_seed(config.seed, step)), len(probabilities) - 1
+    if config.log_snr_share:
+        parts = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator, dtype=torch.float64)
+        timesteps = torch.searchsorted(probabilities.cumsum(0), parts / count).clamp(max=last)
+    else:
+        timesteps = torch.randint(last + 1, (count,), generator=generator)
     blank = torch.rand(count, generator=generator) < config.proportion_empty_conditions
     return Draws(timesteps, blank, torch.rand(count, 3, generator=generator))
 

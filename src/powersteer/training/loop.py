@@ -39,7 +39,7 @@ from powersteer.training.config import TrainConfig
 from powersteer.training.draws import draw, noise, prompt_of, seed_dropout
 from powersteer.training.heldout import HeldOut
 from powersteer.training.monitor import Monitor, Validation
-from powersteer.training.objective import denoising_target, min_snr_weights, noise_schedule
+from powersteer.training.objective import denoising_target, min_snr_weights, noise_schedule, timestep_probabilities
 from powersteer.training.optimizer import Average, make_optimizer
 from powersteer.training.sharding import Whole, gathered, load_optimizer_state, optimizer_state
 
@@ -149,6 +149,7 @@ def fit(
         num_training_steps=config.max_train_steps or last_step,
     )
     schedule, precision = noise_schedule(pipe), setup.precision_of(config)
+    probabilities = timestep_probabilities(schedule, config.log_snr_share)
     autocast = partial(setup.autocast, accelerator.device.type, precision)
     attention = fast_attention(accelerator.device.type, setup.autocast_dtype(precision))
     accumulation = config.gradient_accumulation_steps
@@ -229,7 +230,7 @@ def fit(
         interrupted = False
         while not finished() and not interrupted:
             # 1. A batch: what chance decides is a function of (seed, step), so that a resumed run sees the same.
-            draws = draw(config, state.step, share.batch_size, schedule.config["num_train_timesteps"])
+            draws = draw(config, state.step, share.batch_size, probabilities)
             losses: list[torch.Tensor] = []
             names: list[str] = []
             for accumulation_step in range(accumulation):

@@ -15,6 +15,27 @@ def noise_schedule(pipe: Any) -> Any:
     return DDPMScheduler.from_config(pipe.scheduler.config)
 
 
+LOWEST_LOG_SNR = -6.0
+"""Below, a latent tells of the picture at most ½·e^−6 nats a dimension of unit variance."""
+
+
+def timestep_probabilities(scheduler: Any, log_snr_share: float) -> torch.Tensor:
+    """Probabilities (T,) to draw timesteps with: a share of them even in log-SNR, the others even in t.
+
+    What a condition tells is the denoising gain integrated over log-SNR λ = log(ᾱ / (1−ᾱ)) (see
+    `powersteer.evaluation.information`); timesteps that are even in t seldom see the little noise, and so the fine
+    details, that much of this range consists of.
+
+    Args:
+        scheduler: Of the base.
+        log_snr_share: In [0, 1].
+    """
+    log_snr = scheduler.alphas_cumprod.double().logit().clamp(min=LOWEST_LOG_SNR)
+    none, steps = log_snr.new_zeros(1), -log_snr.diff()
+    widths = torch.cat([steps, none]) + torch.cat([none, steps])
+    return log_snr_share * widths / widths.sum() + (1 - log_snr_share) / len(widths)
+
+
 def denoising_target(
     scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:

@@ -168,7 +168,7 @@ def _stream(config: TrainConfig, pipe: Any, size: Size, encoded: Callable[[Pairs
         encoded(probe),
         transform=transform,
         size=size,
-        views=Views(config.random_flip, config.random_crops),
+        views=Views(config.random_flip, config.random_crops, config.smallest_crop),
         columns=columns,
         default_prompt=config.default_prompt,
     )

@@ -208,6 +208,6 @@ def read_pairs(
         columns=columns,
         default_prompt=config.default_prompt,
         buckets=bucket_sizes(size, step) if config.aspect_ratio_buckets else None,
-        views=Views() if plain else Views(config.random_flip, config.random_crops),
+        views=Views() if plain else Views(config.random_flip, config.random_crops, config.smallest_crop),
         vae_scale_factor=vae_scale_factor,
     )
