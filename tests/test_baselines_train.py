@@ -8,7 +8,7 @@ import torch
 
 from conftest import build_pipe
 from powersteer import BPSModel, PowersteerError
-from powersteer.ablations import ABLATIONS, AddedOnce, ConditionalHalf, WithoutTime, last_layers
+from powersteer.ablations import ABLATIONS, AddedOnce, ConditionalHalf, WithoutLatents, WithoutTime, last_layers
 from powersteer.adapters import BASELINES, attach, load_network, make_adapter
 from powersteer.base import load_base
 from powersteer.config import build_config
@@ -83,6 +83,29 @@ def test_a_blind_network_learns_and_no_condition_moves_it(config, pipe, network)
             with attach(pipe.unet, kept, condition):
                 guesses.append(pipe.unet(*inputs).sample)
         assert torch.equal(*guesses)
+
+
+def test_controlnet_without_latents_learns_and_its_residuals_do_not_know_them(config, pipe):
+    change = {"network": "controlnet", "weights": "head-heavy", "ablation": "no-latents", "ema_decay": None}
+    config = config.model_copy(update={**change, "learning_rate": 2e-3, "max_train_steps": 4, "validation_steps": 4})
+    train(config)
+    rows = rows_of(config)
+    assert rows[0]["steered"] == rows[0]["prior"] and rows[-1]["steered"] not in (
+        rows[-1]["prior"],
+        rows[-1]["shuffled"],
+    )
+    kept = load_network(config.output_dir)
+    assert type(kept) is WithoutLatents
+    added = []
+    with torch.no_grad():
+        for latents in torch.randn(2, 1, 4, 8, 8):
+            with attach(pipe.unet, kept, torch.full((1, 1, 32, 32), 0.5)):
+                catch = pipe.unet.register_forward_pre_hook(
+                    lambda _, __, kwargs: added.append(kwargs["mid_block_additional_residual"]), with_kwargs=True
+                )
+                pipe.unet(latents, 500, torch.zeros(1, 6, 24))
+                catch.remove()
+    assert torch.equal(*added) and added[0].abs().max() > 0
 
 
 @torch.no_grad()
@@ -170,5 +193,7 @@ def test_bps_keys_are_refused_for_a_baseline(tmp_path):
         name = override.partition("=")[0]
         with pytest.raises(PowersteerError, match=f"{name} is BPS's own: leave it out for network=controlnet"):
             build_config(dict(given), TrainConfig, [override])
+    with pytest.raises(PowersteerError, match="no-latents is ControlNet's own: leave it out for network=lite"):
+        build_config({**given, "network": "lite"}, TrainConfig, ["ablation=no-latents"])
     config = build_config({**given, "network": "lite"}, TrainConfig, ["up_channels=[8,16]", "trainable_weights=true"])
     assert config.up_channels == (8, 16)

@@ -1,4 +1,4 @@
-"""BPS with one thing taken away, for `powersteer compare`; what a configuration key can take away is not here."""
+"""Networks with one thing taken away, for `powersteer compare`; what a configuration key can take away is not here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from diffusers import ControlNetModel
 from torch import nn
 
 from powersteer.model import BPSModel, Steering
@@ -40,6 +41,17 @@ ABLATIONS: dict[str, type[BPSModel]] = {
 BLIND = "blind"
 """An ablation of any network, the baselines too: its conditions are empty, in training and ever after. What it gains
 all the same, it owes to the pictures it was trained on, not to the condition."""
+
+
+NO_LATENTS = "no-latents"
+
+
+class WithoutLatents(ControlNetModel):
+    """ControlNet that is not shown the noisy latents: it knows what BPS knows, timestep and condition, and the text."""
+
+    def forward(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """See `ControlNetModel.forward`."""
+        return super().forward(torch.zeros_like(sample), *args, **kwargs)
 
 
 def last_layers(unet: Any) -> Iterator[tuple[int, nn.Module]]:

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel, ControlNetXSAdapter, UNet2DConditionModel
 
-from powersteer.ablations import ABLATIONS, BLIND, AddedOnce, ConditionalHalf, last_layers
+from powersteer.ablations import (
+    ABLATIONS,
+    BLIND,
+    NO_LATENTS,
+    AddedOnce,
+    ConditionalHalf,
+    WithoutLatents,
+    last_layers,
+)
 from powersteer.base import load_adapter
 from powersteer.baselines import (
     Baseline,
@@ -44,6 +52,7 @@ _RECORD = "_powersteer"
 """Key of a baseline's config; diffusers' own classes keep what begins so, and say nothing of it."""
 _CLASSES: dict[str, type[Adapter]] = {
     "ControlNetModel": ControlNetModel,
+    "WithoutLatents": WithoutLatents,
     "ControlNetXSAdapter": ControlNetXSAdapter,
     "ZeroStartT2IAdapter": ZeroStartT2IAdapter,
     **{kind.__name__: kind for kind in ABLATIONS.values()},
@@ -70,7 +79,8 @@ def make_adapter(
         pixel_unshuffle: The VAE's scale factor.
         prediction_type: The scheduler's, recorded with the base.
         conditioning: What the condition is; recorded, too.
-        ablation: BPS without something, or any network without its condition; see `powersteer.ablations`.
+        ablation: BPS or ControlNet without something, or any network without its condition; see
+            `powersteer.ablations`.
         **bps: Further arguments of `BPSModel.from_unet`, which the baselines have no use for.
 
     Raises:
@@ -80,7 +90,8 @@ def make_adapter(
     if ablation == BLIND:
         conditioning = {**(conditioning or {}), BLIND: True}
     if preset in BASELINES:
-        network = _make_baseline(unet, preset, pixel_unshuffle, conditioning_channels)
+        kind = WithoutLatents if ablation == NO_LATENTS else ControlNetModel
+        network = _make_baseline(unet, preset, pixel_unshuffle, conditioning_channels, kind)
         known = {"base": fingerprint(unet, prediction_type), "conditioning": conditioning}
         network.register_to_config(**{_RECORD: known})
         return network
@@ -89,9 +100,9 @@ def make_adapter(
     return kind.from_unet(unet, conditioning_channels=conditioning_channels, conditioning=conditioning, **shape)
 
 
-def _make_baseline(unet: Any, name: str, factor: int, channels: int) -> Baseline:
+def _make_baseline(unet: Any, name: str, factor: int, channels: int, controlnet: type[ControlNetModel]) -> Baseline:
     if name == "controlnet":
-        return make_controlnet(unet, factor)
+        return make_controlnet(unet, factor, controlnet)
     if name == "controlnet-xs":
         return make_controlnet_xs(unet, factor)
     return make_t2i_adapter(unet, factor, channels)

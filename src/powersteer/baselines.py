@@ -60,21 +60,24 @@ def conditioning_widths(factor: int) -> tuple[int, ...]:
     return (16, 32, 96, 256)[: int(log2(factor)) + 1]
 
 
-def make_controlnet(unet: UNet2DConditionModel, factor: int) -> ControlNetModel:
+def make_controlnet(
+    unet: UNet2DConditionModel, factor: int, kind: type[ControlNetModel] = ControlNetModel
+) -> ControlNetModel:
     """Diffusers' ControlNet: a copy of the U-Net's encoder, weights and all.
 
     Args:
         unet: The U-Net to control.
         factor: The VAE's scale factor.
+        kind: The class, or one that leaves something out.
     """
     widths: Any = conditioning_widths(factor)
-    network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
+    network = kind.from_unet(unet, conditioning_embedding_out_channels=widths)
     heads = unet.config["addition_embed_type_num_heads"]
     if unet.config["addition_embed_type"] != "text" or heads == network.config["addition_embed_type_num_heads"]:
         return network
     # `from_unet` forgets how many heads pool the text: the copied weights would then compute something else.
     config = {name: value for name, value in network.config.items() if not name.startswith("_")}
-    copy = ControlNetModel(**(config | {"addition_embed_type_num_heads": heads}))
+    copy = kind(**(config | {"addition_embed_type_num_heads": heads}))
     copy.load_state_dict(network.state_dict())
     return copy
 

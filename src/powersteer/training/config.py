@@ -90,8 +90,9 @@ class TrainConfig(StrictConfig):
     """Width of CP and TP at each level, instead of the shape's own."""
     up_channels: tuple[int, ...] | None = None
     """Width of EP at each level."""
-    ablation: Literal["no-time", "added-once", "conditional-half", "blind"] | None = None
-    """Leave something out of the method, or (``blind``, of any network) the condition; see `powersteer.ablations`."""
+    ablation: Literal["no-time", "added-once", "conditional-half", "no-latents", "blind"] | None = None
+    """Leave something out of the method, or of ControlNet (``no-latents``), or the condition of any network (``blind``);
+    see `powersteer.ablations`."""
     conditioning_channels: int | None = Field(default=None, gt=0)
     """1 (grey), 3 (RGB), 4 (RGBA: colour and structure), or a feature map's; by default what the data's
     ``dataset.json`` says, else 1."""
@@ -216,7 +217,9 @@ class TrainConfig(StrictConfig):
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         own = [name for name in _BPS_KEYS if getattr(self, name) != type(self).model_fields[name].default]
-        if self.ablation == "blind":
+        if self.ablation == "no-latents" and self.network != "controlnet":
+            raise ValueError(f"ablation=no-latents is ControlNet's own: leave it out for network={self.network}")
+        if self.ablation in ("no-latents", "blind"):
             own.remove("ablation")
         if own and self.network not in ("paper", "lite"):
             raise ValueError(f"{own[0]} is BPS's own: leave it out for network={self.network}")
