@@ -91,7 +91,7 @@ class TrainConfig(StrictConfig):
     up_channels: tuple[int, ...] | None = None
     """Width of EP at each level."""
     ablation: Literal["no-time", "added-once", "conditional-half", "no-latents", "blind"] | None = None
-    """Leave something out of the method, of ControlNet (``no-latents``), or the condition of any network (``blind``); see
+    """Leave something out of the method, ControlNet (``no-latents``), or the condition of any network (``blind``):
     `powersteer.ablations`."""
     conditioning_channels: int | None = Field(default=None, gt=0)
     """1 (grey), 3 (RGB), 4 (RGBA: colour and structure), or a feature map's; by default what the data's
