@@ -293,7 +293,11 @@ def test_the_report_is_made_of_the_json_alone(done, tmp_path):
     assert "0.003 (at the edge of the sweep)" in text and "The sweep: 1e-09, 0.003; 8 pairs" in text
     for name in ("curves", "pairs", "trained-parameters", "seconds"):
         assert f"(results/tiny-{name}.png)" in text and (tmp_path / "docs" / "results" / f"tiny-{name}.png").exists()
-    assert write_report(moved, tmp_path / "docs" / "results.md").read_text() == text
+    assert write_report(moved, tmp_path / "docs" / "results.md").read_text() == text and "## What came out" not in text
+    found = moved.model_copy(update={"findings": "- **Lite** is best.\n- T2I is not.\n"})
+    told = write_report(found, tmp_path / "docs" / "results.md").read_text()
+    assert "## What came out\n\n- **Lite** is best.\n- T2I is not.\n\n## " in told
+    assert told.replace("## What came out\n\n- **Lite** is best.\n- T2I is not.\n\n", "") == text
 
 
 def test_a_mean_and_its_standard_error():

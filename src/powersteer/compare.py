@@ -78,7 +78,9 @@ class ExperimentConfig(StrictConfig):
 
     name: str
     description: str = ""
-    """For the report."""
+    """For the report: what is compared."""
+    findings: str = ""
+    """For the report, in Markdown: what came out, once it has."""
     data_dir: Path | None = None
     """A folder of ``train``, ``validation`` and ``test``; by default OpenMoji's drawings, made in ``output_dir``."""
     output_dir: Path

@@ -155,6 +155,7 @@ def _markdown(experiment: ExperimentConfig, results: Results, file: Path, plots:
         + ".",
         "",
     ]
+    text += ["## What came out", "", experiment.findings.strip(), ""] if experiment.findings else []
     for key in results.keys:
         heading, factor, unit = HEADINGS.get(key, (key, 1.0, ""))
         text += [f"## {heading}", "", *_table(["method", *(f"{pairs} pairs" for pairs in experiment.pairs)])]
