@@ -128,7 +128,8 @@ def bench_posterior(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            help="paper, uniform, lite, controlnet, controlnet-xs, t2i-adapter; may be repeated.", show_default="most"
+            help="paper, uniform, lite, controlnet, controlnet-no-latents, controlnet-xs, t2i-adapter; may be repeated.",
+            show_default="most",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from other pairs.")] = 1,

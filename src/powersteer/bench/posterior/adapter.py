@@ -19,10 +19,16 @@ LEARNING_RATES = {
     "uniform": 1e-3,
     "lite": 1e-3,
     "controlnet": 1e-3,
+    "controlnet-no-latents": 1e-3,
     "controlnet-xs": 1e-3,
     "t2i-adapter": 1e-3,
 }
-"""The methods, and the highest rate of each; ``uniform`` is the paper's network with uniform weights."""
+"""The methods, and the highest rate of each."""
+_SHAPES: dict[str, dict[str, Any]] = {
+    "uniform": {"preset": "paper", "weights": "uniform"},
+    "controlnet-no-latents": {"preset": "controlnet", "ablation": "no-latents"},
+}
+"""Of methods that are no presets."""
 HELD_OUT_SHARE, HELD_OUT_MOST, HELD_OUT_DRAWS = 0.2, 500, 1000
 """Pairs kept for early stopping, and the least number of draws made of them."""
 VALIDATE_UPDATES, PATIENCE = 100, 10
@@ -77,7 +83,7 @@ def train_adapter(world: World, unet: Any, method: str, pairs: Pairs, updates: i
         seed: Of the network, the order and the noise.
     """
     torch.manual_seed(seed)
-    shape: Any = {"preset": "paper", "weights": "uniform"} if method == "uniform" else {"preset": method}
+    shape = _SHAPES.get(method, {"preset": method})
     made: Any = make_adapter(unet, **shape, conditioning_channels=world.condition_channels, pixel_unshuffle=1)
     network: Adapter = made.to(memory_format=torch.channels_last)
     network.requires_grad_(True)

@@ -21,7 +21,7 @@ from powersteer.errors import PowersteerError
 from powersteer.hardware import machine
 
 PAIRS = (40, 200, 1000, 5000, 20_000)
-METHODS = ("paper", "uniform", "lite", "controlnet", "t2i-adapter")
+METHODS = ("paper", "uniform", "lite", "controlnet", "controlnet-no-latents", "t2i-adapter")
 UPDATES, PRIOR_UPDATES = 1000, 2500
 FEWEST_PAIRS = 8
 EVALUATED_PAIRS = 512
@@ -89,7 +89,7 @@ def bench_posterior(
         out_dir: Gets ``prior/`` (the U-Net), ``runs/`` (one JSON a run), and for the observation a JSON and a plot.
         observation: ``blur``, ``mask`` or ``edges``.
         pairs: Numbers of training pairs.
-        methods: Out of ``paper``, ``uniform``, ``lite``, ``controlnet``, ``controlnet-xs`` and ``t2i-adapter``.
+        methods: Keys of `powersteer.bench.posterior.adapter.LEARNING_RATES`.
         seeds: Runs of each, from other pairs.
         updates: Of training a run, at most.
         prior_updates: Of training the prior.

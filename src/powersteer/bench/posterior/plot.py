@@ -15,6 +15,7 @@ NAMES = {
     "uniform": "BPS uniform",
     "lite": "BPS lite",
     "controlnet": "ControlNet",
+    "controlnet-no-latents": "ControlNet without z",
     "controlnet-xs": "ControlNet-XS",
     "t2i-adapter": "T2I-Adapter",
 }
