@@ -128,7 +128,7 @@ def bench_posterior(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            help="paper, uniform, lite, controlnet, controlnet-no-latents, controlnet-xs, t2i-adapter; may be repeated.",
+            help="paper, uniform, lite, controlnet, controlnet-no-latents, controlnet-xs, t2i-adapter; repeatable.",
             show_default="most",
         ),
     ] = None,
