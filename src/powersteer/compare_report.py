@@ -25,6 +25,8 @@ HEADINGS = {
 }
 """Heading, factor and unit of a figure; others have their own name."""
 _HIDDEN = ("information.nats_error", "denoising.gain", "denoising.gain_error", "denoising.control_error")
+BESIDE: dict[str, Any] = {"fontsize": "small", "loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
+"""Where a plot's legend stands: many methods would cover their own curves."""
 QUALITY = ("information.nats", "denoising.reduction")
 """What is plotted: the first that was measured."""
 SET_AGAINST = (*QUALITY, "lines.f1")
@@ -281,7 +283,7 @@ def _draw(experiment: ExperimentConfig, results: Results, folder: Path) -> list[
                 axis.plot([x for x, _ in curve], [loss for _, loss in curve], label=method)
             axis.set(title=f"{pairs} pairs", xlabel=label)
         axes[0][0].set_ylabel("validation loss")
-        axes[0][-1].legend(fontsize="small")
+        axes[0][-1].legend(**BESIDE)
         save(figure, kind)
 
     measured = next((key for key in QUALITY if key in results.keys), None)
@@ -309,7 +311,7 @@ def _draw(experiment: ExperimentConfig, results: Results, folder: Path) -> list[
             axis.xaxis.set_major_formatter(ticker.EngFormatter())
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.set(xlabel=label, ylabel=f"{heading.removesuffix(' ↑')}{unit and ','}{unit}")
-        axis.legend(fontsize="small")
+        axis.legend(**BESIDE)
         save(figure, key.replace("_", "-"))
     return drawn
 
