@@ -134,7 +134,7 @@ def bench_posterior(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from other pairs.")] = 1,
     updates: Annotated[int, typer.Option(min=1, help="Of training a run, at most.")] = 1000,
-    prior_updates: Annotated[int, typer.Option(min=1, help="Of training the prior.")] = 2500,
+    prior_updates: Annotated[int, typer.Option(min=1, help="Of training the prior, if --out holds none yet.")] = 2500,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """How near adapters come to the exact posterior of a Gaussian field, against the pairs they learned from."""
