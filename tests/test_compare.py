@@ -265,6 +265,24 @@ def test_a_blind_twin_takes_the_rate_and_what_it_gains_is_taken_off(done, tmp_pa
     assert "lite-blind takes the rate of lite" in text
 
 
+def test_a_given_rate_needs_no_sweep(done, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    rate = result(done, "tuning-lite")["chosen"]
+    lite = {"methods": {"lite": {**done.methods["lite"], "learning_rate": str(rate)}}}
+    experiment = done.model_copy(update={**lite, "results_dir": tmp_path / "results", "grid_rows": 0})
+    experiment.results_dir.mkdir()
+    for seed in (0, 1):  # a swept experiment's runs are those of one that gives the rate
+        shutil.copy(done.results_dir / f"run-lite-8-{seed}.json", experiment.results_dir)
+    monkeypatch.setattr(compare, "train", lambda config: pytest.fail(f"trained {config.output_dir}"))
+    assert not compare.compare(experiment)
+    assert not (experiment.results_dir / "tuning-lite.json").exists()
+    text = write_report(experiment, tmp_path / "results.md").read_text()
+    assert "The rates of lite were given." in text and "The sweep" not in text
+    wrong = done.model_copy(update={"methods": {"lite": {**done.methods["lite"], "learning_rate": -1}}})
+    with pytest.raises(PowersteerError, match="learning_rate"):
+        compare.compare(wrong)
+
+
 def test_methods_see_the_same_pairs_side_by_side(done):
     assert (done.results_dir / "tiny-grid-8.png").exists()
     from PIL import Image
@@ -312,7 +330,12 @@ def test_a_mean_and_its_standard_error():
     ("change", "message"),
     [
         ({"metrics": ["denoising", "fid"]}, "there is no metric 'fid'; there are: information, denoising, lines"),
-        ({"methods": {"a": {"learning_rate": 1}}}, "a: learning_rate is the experiment's own"),
+        ({"methods": {"a": {"output_dir": "x"}}}, "a: output_dir is the experiment's own"),
+        ({"train": {"learning_rate": 1}}, "train: learning_rate is the experiment's own"),
+        (
+            {"methods": {"a": {"learning_rate": 1}, "b": {}}, "reference": "b", "rates_of": {"a": "b"}},
+            "rates_of: a gives a learning rate itself: leave out one of both",
+        ),
         ({"train": {"seed": 3}}, "train: seed is the experiment's own"),
         ({"pair": [3]}, "unknown key 'pair'; did you mean 'pairs'?"),
         ({"methods": {}}, "'methods'"),

@@ -67,7 +67,7 @@ _OWN_KEYS = (
 class TuningConfig(StrictConfig):
     """The sweep that chooses a learning rate for each method, by the loss on the validation split."""
 
-    learning_rates: tuple[float, ...] = Field(min_length=1)
+    learning_rates: tuple[float, ...] = Field(default=(3e-4, 1e-3, 3e-3), min_length=1)
     pairs: int = Field(default=200, gt=0)
     max_train_steps: int = Field(default=200, gt=0)
     seed: int = 1000
@@ -89,7 +89,7 @@ class ExperimentConfig(StrictConfig):
     """One JSON a run, and the grids. Experiments that share folders, ``train`` and ``tuning`` share the runs of methods
     of the same name."""
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
-    """Keys of `TrainConfig` by which each method differs."""
+    """Keys of `TrainConfig` by which each method differs; one that gives a learning rate has no sweep."""
     rates_of: dict[str, str] = Field(default_factory=dict)
     """Methods that take the learning rate of another, of which they are a variant, instead of a sweep of their own."""
     reference: str | None = None
@@ -98,7 +98,7 @@ class ExperimentConfig(StrictConfig):
     """Keys of `TrainConfig` for all."""
     pairs: tuple[int | Literal["all"], ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
-    tuning: TuningConfig
+    tuning: TuningConfig = TuningConfig()
     metrics: tuple[str, ...] = ("information", "denoising", "lines")
     """See `METRICS`."""
     test_pairs: int | None = Field(default=None, gt=1)
@@ -126,7 +126,7 @@ class ExperimentConfig(StrictConfig):
     @model_validator(mode="after")
     def _consistent(self) -> ExperimentConfig:
         for where, keys in {"train": self.train, **self.methods}.items():
-            own = [key for key in keys if key in _OWN_KEYS]
+            own = [key for key in keys if key in _OWN_KEYS and (where == "train" or key != "learning_rate")]
             if own:
                 raise ValueError(f"{where}: {own[0]} is the experiment's own: leave it out")
         named = {("reference", self.reference)} if self.reference else set[tuple[str, str]]()
@@ -134,6 +134,9 @@ class ExperimentConfig(StrictConfig):
         for key, name in sorted(named):
             if name not in self.methods:
                 raise ValueError(f"{key}: there is no method '{name}'; there are: {', '.join(self.methods)}")
+        twice = [method for method in self.rates_of if "learning_rate" in self.methods[method]]
+        if twice:
+            raise ValueError(f"rates_of: {twice[0]} gives a learning rate itself: leave out one of both")
         chained = set(self.rates_of) & set(self.rates_of.values())
         if chained:
             raise ValueError(f"rates_of: {min(chained)} takes the rate of another itself: name that one")
@@ -243,7 +246,8 @@ def compare(experiment: ExperimentConfig) -> bool:
     """
     first_rate = experiment.tuning.learning_rates[0]
     for method in experiment.methods:  # before hours are spent, not after
-        experiment.training(method, experiment.pairs[0], 0, first_rate, "runs")
+        rate = experiment.methods[method].get("learning_rate", first_rate)
+        experiment.training(method, experiment.pairs[0], 0, rate, "runs")
     if experiment.data_dir is None:
         prepare_openmoji(experiment.output_dir / "openmoji")
     return _Comparison(experiment).run()
@@ -301,7 +305,10 @@ class _Comparison:
 
         A sweep of three rates or more goes on past its end until the lowest loss is not at an end.
         """
-        tuning, given = self.experiment.tuning, [self.sweep(method, r) for r in self.experiment.tuning.learning_rates]
+        tuning = self.experiment.tuning
+        if (given_rate := self.experiment.methods[method].get("learning_rate")) is not None:
+            return self.experiment.training(method, tuning.pairs, tuning.seed, given_rate, "runs").learning_rate
+        given = [self.sweep(method, rate) for rate in tuning.learning_rates]
         file, digest = self.experiment.results_dir / f"tuning-{method}.json", self.digest(*given)
         found = self.read(file, digest) or {"learning_rates": [], "losses": []}
         known = [math.inf if loss is None else loss for loss in found["losses"]]
