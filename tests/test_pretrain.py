@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer
 
+from conftest import draw_pairs
 from powersteer import PowersteerError
 from powersteer.base import load_base, load_clip
 from powersteer.config import build_config, load_config
@@ -101,6 +103,27 @@ def test_icons_are_drawn_split_by_name_and_credited(icons_dir):
     assert first[:, 0, 0].tolist() == [255] * 3 and first[:, 24, 24].tolist() == [0x2F, 0x88, 0xFF]
     notices = json.loads((icons_dir / "notices.json").read_text())
     assert notices["@icons/a@1.0.0"]["licence"] == "MIT" and notices["@icons/a@1.0.0"]["pictures"] > 10
+
+
+def test_a_folder_of_captioned_pictures_is_a_source_too(tmp_path):
+    folder = draw_pairs(tmp_path / "pairs", 3, size=64)
+    build_icons(DataConfig(sources=[IconSource(folder=folder, style="box")]), tmp_path / "data")
+    icons = load_icons(tmp_path / "data")
+    assert [(icon.name, icon.style) for icon in icons.icons] == [("a fox", "box")] * 3
+    for i, pixels in enumerate(icons.pixels):
+        with Image.open(folder / "images" / f"{i}.png") as picture:
+            assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(picture))
+    notices = json.loads((tmp_path / "data" / "notices.json").read_text())
+    assert notices == {str(folder): {"pictures": 3, "use": "all"}}
+
+
+def test_a_source_without_a_place_and_a_recipe_without_its_parts_are_refused(tmp_path):
+    with pytest.raises(PowersteerError, match="give either package or folder"):
+        build_config({"sources": [{"style": "box"}]}, DataConfig)
+    with pytest.raises(PowersteerError, match="give either package or folder"):
+        build_config({"sources": [{"style": "box", "folder": tmp_path, "package": "a"}]}, DataConfig)
+    with pytest.raises(PowersteerError, match="give clip and vae, or init_from"):
+        recipe(tmp_path, clip=None)
 
 
 def test_missing_npm_is_one_clear_error(tmp_path, monkeypatch):
@@ -213,7 +236,7 @@ def test_all_stages_make_a_base_that_loads_and_can_go_on(icons_dir, teacher, mon
     assert (root / "unet" / "log.jsonl").read_text() == logged
     other = root / "other"
     shutil.copytree(icons_dir, other / "data")
-    further = load_base(str(pretrain(recipe(other, init_from=str(base)))))
+    further = load_base(str(pretrain(recipe(other, init_from=str(base), clip=None, vae=None))))
     vae = further.vae.state_dict()
     assert all(torch.equal(tensor, vae[name]) for name, tensor in pipe.vae.state_dict().items())
     assert any(not torch.equal(a, b) for a, b in zip(further.unet.parameters(), pipe.unet.parameters(), strict=True))

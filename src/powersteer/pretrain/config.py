@@ -24,9 +24,16 @@ class PretrainConfig(StrictConfig):
     """Go on from a finished base: its tokenizer, CLIP and VAE are taken as they are, its U-Net trained further."""
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
-    clip: CLIPConfig
-    vae: VAEConfig
+    clip: CLIPConfig | None = None
+    vae: VAEConfig | None = None
+    """Like ``clip``, needed unless there is ``init_from``."""
     unet: UNetConfig
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.init_from is None and (self.clip is None or self.vae is None):
+            raise ValueError("give clip and vae, or init_from")
+        return self
 
     @model_validator(mode="after")
     def _styles_are_known(self) -> Self:

@@ -1,4 +1,4 @@
-"""Stage 1, data: coloured icon sets from npm, drawn at 64 px on white, captioned, split by name."""
+"""Stage 1, data: coloured icon sets from npm, or folders, drawn at 64 px on white, captioned, split by name."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 
 from powersteer.config import StrictConfig
 from powersteer.data.openmoji import plain_name
+from powersteer.data.pairs import Pairs
 from powersteer.data.svg import rasterise
 from powersteer.errors import PowersteerError
+
+Drawn = np.ndarray[Any, Any]
+"""(3, 64, 64) uint8."""
 
 IMAGE_SIZE = 64
 """Pixels a side of every picture of the embedded base."""
@@ -37,10 +41,12 @@ _NOT_MIRRORED = re.compile(
 
 
 class IconSource(StrictConfig):
-    """One npm package of icons in Iconify's format."""
+    """One npm package of icons in Iconify's format, or a folder of captioned pictures."""
 
-    package: str
+    package: str | None = None
     """npm package, with its version: ``@iconify-json/noto@1.2.9``."""
+    folder: Path | None = None
+    """Pictures with captions, in any layout that training reads; conditions are not looked at."""
     style: str
     """The word that names this set in captions."""
     use: Literal["all", "codec"] = "all"
@@ -51,6 +57,12 @@ class IconSource(StrictConfig):
     """Redraw strokes at this width, in the icon's own units."""
     recolour: str | None = None
     """Replace this fill colour by one drawn for each icon."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> IconSource:
+        if (self.package is None) == (self.folder is None):
+            raise ValueError("give either package or folder")
+        return self
 
 
 class DataConfig(StrictConfig):
@@ -95,18 +107,19 @@ def build_icons(config: DataConfig, stage_dir: Path) -> None:
     """Fetch, draw and split the icon sets into ``stage_dir``.
 
     Raises:
-        PowersteerError: npm is missing, or a package cannot be fetched or read.
+        PowersteerError: npm is missing, or a package or folder cannot be fetched or read.
     """
     stage_dir.mkdir(parents=True, exist_ok=True)
-    pixels: list[np.ndarray[Any, Any]] = []
+    pixels: list[Drawn] = []
     icons: list[Icon] = []
     notices: dict[str, Any] = {}
     for source in config.sources:
-        folder = _fetch_package(source.package, stage_dir / "npm")
-        info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
-        before = len(icons)
-        for slug, name in track(_names(source, folder, config.exclude_categories).items(), source.package):
-            pixels.append(_draw(source, folder, slug))
+        if source.folder is not None:
+            place, notice, drawn = str(source.folder), {}, _captioned(source.folder)
+        else:
+            place, notice, drawn = _packaged(source, stage_dir / "npm", config.exclude_categories)
+        for name, picture in drawn:
+            pixels.append(picture)
             icons.append(
                 Icon(
                     name=name,
@@ -116,13 +129,7 @@ def build_icons(config: DataConfig, stage_dir: Path) -> None:
                     held_out=is_held_out(name, config.held_out_per_mille),
                 )
             )
-        notices[source.package] = {
-            "pictures": len(icons) - before,
-            "use": source.use,
-            "author": info["author"]["name"],
-            "url": info["author"].get("url"),
-            "licence": info["license"]["spdx"],
-        }
+        notices[place] = {"pictures": len(drawn), "use": source.use, **notice}
     save_file({"pixels": torch.from_numpy(np.stack(pixels))}, stage_dir / "icons.safetensors")
     with (stage_dir / "icons.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(icon)) + "\n" for icon in icons)
@@ -145,6 +152,30 @@ def captions(name: str, style: str | None) -> list[str]:
 def is_held_out(name: str, per_mille: int) -> bool:
     """Whether a name is held out: decided by its hash, so the same for every source."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000 < per_mille
+
+
+def _captioned(folder: Path) -> list[tuple[str, Drawn]]:
+    """Names and pictures of a folder."""
+    pairs = Pairs(folder, (IMAGE_SIZE, IMAGE_SIZE))
+    pictures = ((pairs[i][0] + 1) * 127.5 for i in range(len(pairs)))
+    shown = track(zip(pairs.texts, pictures, strict=True), str(folder), total=len(pairs))
+    return [(name, picture.round().byte().numpy()) for name, picture in shown]
+
+
+def _packaged(
+    source: IconSource, npm_dir: Path, exclude_categories: Sequence[str]
+) -> tuple[str, dict[str, Any], list[tuple[str, Drawn]]]:
+    """The package, whose it is, and the names and pictures of it."""
+    package = str(source.package)
+    folder = _fetch_package(package, npm_dir)
+    info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+    notice = {
+        "author": info["author"]["name"],
+        "url": info["author"].get("url"),
+        "licence": info["license"]["spdx"],
+    }
+    slugs = _names(source, folder, exclude_categories).items()
+    return package, notice, [(name, _draw(source, folder, slug)) for slug, name in track(slugs, package)]
 
 
 def _fetch_package(package: str, npm_dir: Path) -> Path:
@@ -216,7 +247,7 @@ def _squash(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _draw(source: IconSource, folder: Path, slug: str) -> np.ndarray[Any, Any]:
+def _draw(source: IconSource, folder: Path, slug: str) -> Drawn:
     """One icon as (3, 64, 64) uint8, fitted into the square, on white."""
     sheet = _icons_json(folder)
     icon = sheet["icons"][slug]

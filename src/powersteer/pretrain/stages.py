@@ -53,6 +53,7 @@ def pretrain(config: PretrainConfig) -> Path:
         clip, tokenizer = load_clip(path if path.exists() else embedded(config.init_from))
         vae, unet = start.vae, start.unet.requires_grad_(True)
     else:
+        assert config.clip is not None and config.vae is not None  # see PretrainConfig
         tokenizer = train_tokenizer(config.tokenizer, icons, root / "tokenizer")
         clip = train_clip(config.clip, icons, tokenizer, root / "clip", seed=config.seed, device=device)
         vae = train_vae(config.vae, icons, root / "vae", seed=config.seed, device=device)
