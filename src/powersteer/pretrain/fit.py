@@ -31,6 +31,7 @@ class FitConfig(StrictConfig):
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     optimizer: Literal["muon", "adamw"] = "muon"
+    """Muon multiplies in bfloat16: where the processor has no units for it, a step takes several times as long."""
     warmup_steps: int = Field(default=200, ge=0)
     decay_share: float = Field(default=0.25, ge=0, le=1)
     """The last share of the steps over which the learning rate falls linearly to zero."""
