@@ -259,9 +259,9 @@ def test_a_blind_twin_takes_the_rate_and_what_it_gains_is_taken_off(done, tmp_pa
 
     text = write_report(experiment, tmp_path / "results.md").read_text()
     table = text[text.index("## What of it the condition brings") :]
-    assert f"| lite | {Figure.of([brought('lite', seed) for seed in (0, 1)]).difference()} |" in table
+    assert f"\n| lite | {Figure.of([brought('lite', seed) for seed in (0, 1)]).difference()} |" in table
     above = Figure.of([brought("lite", seed) - brought("t2i", seed) for seed in (0, 1)])
-    assert f"| lite above t2i | {above.difference()} |" in table
+    assert f"\n| lite above t2i | {above.difference()} |" in table
     assert "lite-blind takes the rate of lite" in text
 
 
@@ -297,7 +297,11 @@ def test_the_report_is_made_of_the_json_alone(done, tmp_path):
     assert "from 4 of 4 runs" in text and "over up to 2 seeds, no error where there is one; 6 test pairs" in text
     losses = [result(done, f"run-lite-8-{seed}")["test"]["denoising"]["loss"] for seed in (0, 1)]
     wanted = Figure(sum(losses) / 2, abs(losses[0] - losses[1]) / 2).shown()  # two values: s/√2 is half their distance
-    assert f"| lite | {wanted} |" in text
+    rows = text[text.index("## 8 pairs") : text.index("## How far")].splitlines()[2:-1]
+    table = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in table] == ["method", "---", "prior", "lite", "t2i"]
+    assert table[3][table[0].index("Denoising loss ↓")] == wanted
+    assert table[2][table[0].index("Denoising loss ↓")] == f"{result(done, 'prior')['test']['denoising']['loss']:.3g}"
     gains = [
         [100 * result(done, f"run-{method}-8-{seed}")["test"]["denoising"]["reduction"] for seed in (0, 1)]
         for method in ("lite", "t2i")
@@ -307,15 +311,32 @@ def test_the_report_is_made_of_the_json_alone(done, tmp_path):
     shown = ("+" if mean > 0 else "") + Figure(mean, error).shown(1, " %")
     shown = f"**{shown}**" if abs(mean) > 2 * error else shown
     table = text[text.index("## How far lite lies above the others") :]
-    assert f"| t2i | {shown} |" in table and "| lite |" not in table[: table.index("## What each took")]
+    row = next(row for row in table.splitlines() if row.startswith("| t2i |"))
+    assert f"| {shown} |" in row and "| lite |" not in table[: table.index("## What each took")]
     assert "0.003 (at the edge of the sweep)" in text and "The sweep: 1e-09, 0.003; 8 pairs" in text
-    for name in ("curves", "pairs", "trained-parameters", "seconds"):
-        assert f"(results/tiny-{name}.png)" in text and (tmp_path / "docs" / "results" / f"tiny-{name}.png").exists()
+    plots = {f"tiny-{name}.png" for name in ("methods", "curves", "trained-parameters", "seconds")}
+    assert {file.name for file in (tmp_path / "docs" / "results").iterdir()} == plots
+    assert all(f"(results/{name})" in text for name in plots)
     assert write_report(moved, tmp_path / "docs" / "results.md").read_text() == text and "## What came out" not in text
     found = moved.model_copy(update={"findings": "- **Lite** is best.\n- T2I is not.\n"})
     told = write_report(found, tmp_path / "docs" / "results.md").read_text()
     assert "## What came out\n\n- **Lite** is best.\n- T2I is not.\n\n## " in told
     assert told.replace("## What came out\n\n- **Lite** is best.\n- T2I is not.\n\n", "") == text
+
+
+def test_more_pairs_have_tables_of_their_own_and_a_curve(done, tmp_path):
+    pytest.importorskip("matplotlib")
+    results = shutil.copytree(done.results_dir, tmp_path / "results-json")
+    for seed in (0, 1):
+        run = result(done, f"run-lite-8-{seed}") | {"pairs": 16}
+        (results / f"run-lite-16-{seed}.json").write_text(json.dumps(run))
+    more = done.model_copy(update={"pairs": [8, 16, "all"], "results_dir": results})
+    text = write_report(more, tmp_path / "results.md").read_text()
+    tables = text[text.index("## 8 pairs") : text.index("## How far")].split("## 16 pairs")
+    assert "\n| t2i |" in tables[0] and "\n| t2i |" not in tables[1]  # what has not run is left out
+    assert "## all pairs" not in text and "from 6 of 12 runs" in text
+    assert next(row for row in tables[0].splitlines() if "| lite |" in row) in tables[1]
+    assert (tmp_path / "results" / "tiny-pairs.png").exists()
 
 
 def test_a_mean_and_its_standard_error():
@@ -386,7 +407,7 @@ def test_the_command(done, tmp_path, monkeypatch, capsys):
     assert code == 2 and "cannot read the configuration" in printed.err
 
 
-@pytest.mark.parametrize("name", ["few-shot", "ablations", "blind"])
+@pytest.mark.parametrize("name", ["few-shot", "ablations", "blind", "more-pairs", "known-style"])
 def test_the_experiments_that_ship_are_sound(name, request):
     experiment = load_config(request.config.rootpath / "configs" / "experiments" / f"{name}.yaml", ExperimentConfig)
     assert len(experiment.seeds) >= 3 and experiment.name == name

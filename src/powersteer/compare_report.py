@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 from collections import defaultdict
@@ -12,18 +13,19 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from powersteer.adapters import BASELINES
 from powersteer.compare import ExperimentConfig
 from powersteer.errors import PowersteerError
 
 HEADINGS = {
     "information.nats": ("Information, nats a latent dimension ↑", 1.0, ""),
-    "information.control": ("Information lost by exchanged conditions ↑", 1.0, ""),
     "denoising.reduction": ("Denoising loss below the prior's ↑", 100.0, " %"),
-    "denoising.control": ("Loss added by exchanged conditions ↑", 1.0, ""),
-    "denoising.loss": ("Denoising loss ↓", 1.0, ""),
     "lines.f1": ("Line fidelity, F1 ↑", 1.0, ""),
+    "denoising.loss": ("Denoising loss ↓", 1.0, ""),
+    "information.control": ("Information lost by exchanged conditions ↑", 1.0, ""),
+    "denoising.control": ("Loss added by exchanged conditions ↑", 1.0, ""),
 }
-"""Heading, factor and unit of a figure; others have their own name."""
+"""Heading, factor and unit of a figure, in the order shown; others have their own name."""
 _HIDDEN = ("information.nats_error", "denoising.gain", "denoising.gain_error", "denoising.control_error")
 BESIDE: dict[str, Any] = {"fontsize": "small", "loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
 """Where a plot's legend stands: many methods would cover their own curves."""
@@ -88,25 +90,35 @@ class Results:
             raise PowersteerError(f"{experiment.results_dir} holds no results yet: run without --report first")
         return cls(runs, {row["method"]: row for row in found["tuning"]}, next(iter(found["prior"]), None))
 
+    def methods(self, experiment: ExperimentConfig, pairs: int | str | None = None) -> list[str]:
+        """The methods with at least one run, of that number of pairs or of any."""
+        ran = {run["method"] for run in self.runs if pairs is None or run["pairs"] == pairs}
+        return [method for method in experiment.methods if method in ran]
+
+    def panels(self, experiment: ExperimentConfig) -> list[int | str]:
+        """The numbers of pairs with at least one run."""
+        return [pairs for pairs in experiment.pairs if any(run["pairs"] == pairs for run in self.runs)]
+
     def of(self, method: str, pairs: int | str) -> list[dict[str, Any]]:
         """Runs of one cell, one a seed."""
         return [run for run in self.runs if (run["method"], run["pairs"]) == (method, pairs)]
 
     def figure(self, method: str, pairs: int | str, key: str) -> Figure | None:
         """A test figure, ``metric.figure``, over the seeds there are."""
-        values = self._by_seed(method, pairs, key)
+        values = self.by_seed(method, pairs, key)
         return Figure.of(list(values.values())) if values else None
 
     def difference(self, method: str, other: str, pairs: int | str, key: str) -> Figure | None:
         """How far a method lies above another, seed by seed, over the seeds that both have."""
-        values = _less(self._by_seed(method, pairs, key), self._by_seed(other, pairs, key))
+        values = _less(self.by_seed(method, pairs, key), self.by_seed(other, pairs, key))
         return Figure.of(list(values.values())) if values else None
 
     def of_condition(self, methods: tuple[str, str], pairs: int | str, key: str) -> dict[int, float]:
         """What a method (the first) has that the same without its condition (the second) has not; by seed."""
-        return _less(*(self._by_seed(method, pairs, key) for method in methods))
+        return _less(*(self.by_seed(method, pairs, key) for method in methods))
 
-    def _by_seed(self, method: str, pairs: int | str, key: str) -> dict[int, float]:
+    def by_seed(self, method: str, pairs: int | str, key: str) -> dict[int, float]:
+        """A test figure of every run of one cell."""
         metric, _, name = key.partition(".")
         rows = {run["seed"]: run["test"].get(metric, {}) for run in self.of(method, pairs)}
         return {seed: row[name] for seed, row in sorted(rows.items()) if name in row}
@@ -158,36 +170,25 @@ def _markdown(experiment: ExperimentConfig, results: Results, file: Path, plots:
         "",
     ]
     text += ["## What came out", "", experiment.findings.strip(), ""] if experiment.findings else []
-    for key in results.keys:
-        heading, factor, unit = HEADINGS.get(key, (key, 1.0, ""))
-        text += [f"## {heading}", "", *_table(["method", *(f"{pairs} pairs" for pairs in experiment.pairs)])]
-        metric, _, name = key.partition(".")
-        if results.prior is not None and name in results.prior["test"].get(metric, {}):
-            value = Figure(results.prior["test"][metric][name], None).shown(factor, unit)
-            text.append(_line(["prior", *[value] * len(experiment.pairs)]))
-        for method in experiment.methods:
-            cells = [results.figure(method, pairs, key) for pairs in experiment.pairs]
-            text.append(_line([method, *("" if cell is None else cell.shown(factor, unit) for cell in cells)]))
+    for pairs in results.panels(experiment):
+        text += [f"## {pairs} pairs", "", *_table(["method", *(_heading(key) for key in results.keys)])]
+        if results.prior is not None:
+            text.append(_line(["prior", *(_cell(_prior(results.prior, key), key) for key in results.keys)]))
+        for method in results.methods(experiment, pairs):
+            text.append(_line([method, *(_cell(results.figure(method, pairs, key), key) for key in results.keys)]))
         text.append("")
     text += _differences(experiment, results)
     text += _of_condition(experiment, results)
     text += ["## What each took", ""]
     text += _table(["method", "trained parameters", "learning rate", "seconds a run", "updates", "memory, estimated"])
-    for method in experiment.methods:
+    for method in results.methods(experiment):
         runs = [run for run in results.runs if run["method"] == method]
-        if runs:
-            seconds, updates = (Figure.of([run[key] for run in runs]) for key in ("seconds", "updates"))
-            size, memory = runs[0]["trained_parameters"], max(run["memory_estimated"] for run in runs)
-            rate = f"{runs[0]['learning_rate']:g}"
-            rate += " (at the edge of the sweep)" if _at_edge(results.tuning.get(method)) else ""
-            cells = [
-                f"{size / 1e6:.2f} M",
-                rate,
-                f"{seconds.mean:.0f}",
-                f"{updates.mean:.0f}",
-                f"{memory / 1e9:.2f} GB",
-            ]
-            text.append(_line([method, *cells]))
+        seconds, updates = (mean(run[key] for run in runs) for key in ("seconds", "updates"))
+        size, memory = runs[0]["trained_parameters"], max(run["memory_estimated"] for run in runs)
+        rate = f"{runs[0]['learning_rate']:g}"
+        rate += " (at the edge of the sweep)" if _at_edge(results.tuning.get(method)) else ""
+        cells = [f"{size / 1e6:.2f} M", rate, f"{seconds:.0f}", f"{updates:.0f}", f"{memory / 1e9:.2f} GB"]
+        text.append(_line([method, *cells]))
     given = [method for method, keys in experiment.methods.items() if "learning_rate" in keys]
     rates = []
     if len(given) < len(experiment.methods):
@@ -217,12 +218,11 @@ def _differences(experiment: ExperimentConfig, results: Results) -> list[str]:
         "percentage points. Bold: by more than two standard errors, either way.",
         "",
     ]
-    for key in (key for key in SET_AGAINST if key in results.keys):
-        heading, factor, unit = HEADINGS[key]
-        text += _table([heading.removesuffix(" ↑"), *(f"{pairs} pairs" for pairs in experiment.pairs)])
-        for method in (method for method in experiment.methods if method != reference):
-            found = [results.difference(reference, method, pairs, key) for pairs in experiment.pairs]
-            cells = ["" if one is None else one.difference(factor, unit) for one in found]
+    keys = [key for key in SET_AGAINST if key in results.keys]
+    for pairs in results.panels(experiment):
+        text += _table([f"{pairs} pairs", *(_heading(key, arrow=False) for key in keys)])
+        for method in (method for method in results.methods(experiment, pairs) if method != reference):
+            cells = [_gap(results.difference(reference, method, pairs, key), key) for key in keys]
             text.append(_line([method, *cells]))
         text.append("")
     return text
@@ -241,22 +241,46 @@ def _of_condition(experiment: ExperimentConfig, results: Results) -> list[str]:
         "no information from the condition: the frozen base is at fault on such pictures, and the network mends it.",
         "",
     ]
-    for key in (key for key in QUALITY if key in results.keys):
-        heading, factor, unit = HEADINGS[key]
-        text += _table([heading.removesuffix(" ↑"), *(f"{pairs} pairs" for pairs in experiment.pairs)])
-        brought = {
-            m: [results.of_condition(both, pairs, key) for pairs in experiment.pairs] for m, both in twins.items()
-        }
+    keys = [key for key in QUALITY if key in results.keys]
+    for pairs in results.panels(experiment):
+        brought = {m: [results.of_condition(both, pairs, key) for key in keys] for m, both in twins.items()}
         rows = dict(brought)
         if reference is not None:
             for other in (other for other in twins if other != reference):
                 both = zip(brought[reference], brought[other], strict=True)
                 rows[f"{reference} above {other}"] = [_less(values, others) for values, others in both]
+        text += _table([f"{pairs} pairs", *(_heading(key, arrow=False) for key in keys)])
         for name, row in rows.items():
-            found = (Figure.of(list(values.values())) if values else None for values in row)
-            text.append(_line([name, *("" if one is None else one.difference(factor, unit) for one in found)]))
+            found = [Figure.of(list(values.values())) if values else None for values in row]
+            if any(found):
+                text.append(_line([name, *(_gap(one, key) for one, key in zip(found, keys, strict=True))]))
         text.append("")
     return text
+
+
+def _heading(key: str, arrow: bool = True) -> str:
+    heading = HEADINGS.get(key, (key, 1.0, ""))[0]
+    return heading if arrow else heading.removesuffix(" ↑")
+
+
+def _labelled(key: str) -> str:
+    """An axis' label."""
+    unit = HEADINGS[key][2]
+    return f"{_heading(key, arrow=False)}{unit and ','}{unit}"
+
+
+def _cell(figure: Figure | None, key: str) -> str:
+    return "" if figure is None else figure.shown(*HEADINGS.get(key, (key, 1.0, ""))[1:])
+
+
+def _gap(figure: Figure | None, key: str) -> str:
+    return "" if figure is None else figure.difference(*HEADINGS[key][1:])
+
+
+def _prior(prior: dict[str, Any], key: str) -> Figure | None:
+    metric, _, name = key.partition(".")
+    row = prior["test"].get(metric, {})
+    return Figure(row[name], None) if name in row else None
 
 
 def _less(values: dict[int, float], others: dict[int, float]) -> dict[int, float]:
@@ -265,7 +289,7 @@ def _less(values: dict[int, float], others: dict[int, float]) -> dict[int, float
 
 
 def _draw(experiment: ExperimentConfig, results: Results, folder: Path) -> list[str]:
-    """Curves over updates and seconds, quality against pairs and parameters; the files' names."""
+    """Quality of each method, against pairs and parameters, and curves over updates and seconds; the files' names."""
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("agg")
     pyplot, ticker = (importlib.import_module(f"matplotlib.{name}") for name in ("pyplot", "ticker"))
@@ -276,46 +300,88 @@ def _draw(experiment: ExperimentConfig, results: Results, folder: Path) -> list[
         figure.savefig(folder / drawn[-1], dpi=110, bbox_inches="tight", metadata={"Software": None})
         pyplot.close(figure)
 
-    panels = [pairs for pairs in experiment.pairs if any(run["pairs"] == pairs for run in results.runs)]
-    methods = [method for method in experiment.methods if any(run["method"] == method for run in results.runs)]
-    for kind, across, label in (("curves", "step", "updates"), ("seconds", "seconds", "training seconds")):
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), sharey=True, squeeze=False)
+    panels, methods = results.panels(experiment), results.methods(experiment)
+    colors = [pyplot.get_cmap("tab20")(index) for index in (*range(0, 20, 2), *range(1, 20, 2))]  # the dark ones first
+    styles: dict[str, dict[str, Any]] = {
+        method: {"color": color, "linestyle": "--" if experiment.methods[method].get("network") in BASELINES else "-"}
+        for method, color in zip(methods, itertools.cycle(colors), strict=False)
+    }
+
+    def side_by_side(height: float, label: str) -> tuple[Any, list[tuple[Any, int | str]]]:
+        """A panel for each number of pairs, with the same axis upwards."""
+        size = (4 * len(panels), height)
+        figure, axes = pyplot.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
         for axis, pairs in zip(axes[0], panels, strict=True):
-            for method in methods:
-                curve = _mean_curve(results.of(method, pairs), across)
-                axis.plot([x for x, _ in curve], [loss for _, loss in curve], label=method)
             axis.set(title=f"{pairs} pairs", xlabel=label)
-        axes[0][0].set_ylabel("validation loss")
-        axes[0][-1].legend(**BESIDE)
-        save(figure, kind)
+        return figure, list(zip(axes[0], panels, strict=True))
+
+    columns = [key for key in SET_AGAINST if key in results.keys]
+    if columns:
+        size = (3.6 * len(columns), (0.8 + 0.26 * len(methods)) * len(panels))
+        figure, axes = pyplot.subplots(
+            len(panels), len(columns), figsize=size, sharey=True, squeeze=False, layout="constrained"
+        )
+        for (row, pairs), (column, key) in itertools.product(enumerate(panels), enumerate(columns)):
+            axis = axes[row][column]
+            for at, method in enumerate(methods):
+                seeds = [HEADINGS[key][1] * value for value in results.by_seed(method, pairs, key).values()]
+                axis.plot(seeds, [at] * len(seeds), "|", color="gray")
+                axis.plot([mean(seeds)] if seeds else [], [at] if seeds else [], "o", color=styles[method]["color"])
+            axis.grid(alpha=0.3)
+            axis.set(title=f"{pairs} pairs")
+            if row + 1 == len(panels):
+                axis.set_xlabel(_labelled(key))
+        axes[0][0].set_yticks(range(len(methods)), methods)
+        axes[0][0].invert_yaxis()
+        save(figure, "methods")
 
     measured = next((key for key in QUALITY if key in results.keys), None)
-    if measured is None:
-        return drawn
-    heading, factor, unit = HEADINGS[measured]
-    ways = {"pairs": "pairs", "trained_parameters": "trained parameters"}
-    for key, label in ways.items():
-        figure, axis = pyplot.subplots(figsize=(5, 3.6))
-        for method in methods:
-            points: list[tuple[float, Figure]] = []
-            for pairs in panels:
-                quality, runs = results.figure(method, pairs, measured), results.of(method, pairs)
-                if quality is not None:
-                    across = panels.index(pairs) if key == "pairs" else mean(run[key] for run in runs)
-                    points.append((across, quality))
-            across, height = [x for x, _ in points], [factor * quality.mean for _, quality in points]
-            errors = [factor * (quality.error or 0.0) for _, quality in points]
-            axis.errorbar(across, height, yerr=errors, marker="o", capsize=3, label=method)
-        if key == "pairs":
+    if measured is not None:
+        factor, label = HEADINGS[measured][1], _labelled(measured)
+
+        def points(axis: Any, method: str, cells: list[tuple[float, int | str]]) -> None:
+            """Means with their standard errors at numbers of pairs, each with its place on the axis across."""
+            found = [(x, figure) for x, pairs in cells if (figure := results.figure(method, pairs, measured))]
+            height = [factor * figure.mean for _, figure in found]
+            errors = [factor * (figure.error or 0.0) for _, figure in found]
+            style = {"marker": "o", "capsize": 3, "label": method, **styles[method]}
+            axis.errorbar([x for x, _ in found], height, yerr=errors, **style)
+
+        if len(panels) > 1:
+            figure, axis = pyplot.subplots(figsize=(5, 3.6))
+            for method in methods:
+                points(axis, method, list(enumerate(panels)))
             axis.set_xticks(range(len(panels)), [str(pairs) for pairs in panels])
-        else:
+            axis.set(xlabel="pairs", ylabel=label)
+            axis.legend(**BESIDE)
+            save(figure, "pairs")
+
+        figure, axes = side_by_side(3.2, "trained parameters")
+        for axis, pairs in axes:
+            for method in results.methods(experiment, pairs):
+                size = mean(run["trained_parameters"] for run in results.of(method, pairs))
+                points(axis, method, [(size, pairs)])
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter(ticker.EngFormatter())
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-        axis.set(xlabel=label, ylabel=f"{heading.removesuffix(' ↑')}{unit and ','}{unit}")
-        axis.legend(**BESIDE)
-        save(figure, key.replace("_", "-"))
+        axes[0][0].set_ylabel(label)
+        axes[-1][0].legend(**BESIDE)
+        save(figure, "trained-parameters")
+
+    for kind, across, label in (("curves", "step", "updates"), ("seconds", "seconds", "training seconds")):
+        figure, axes = side_by_side(3.6, label)
+        for axis, pairs in axes:
+            for method in methods:
+                curve = _mean_curve(results.of(method, pairs), across)
+                axis.plot([x for x, _ in curve], [loss for _, loss in curve], label=method, **styles[method])
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=range(1, 10)))
+            axis.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+        axes[0][0].set_ylabel("validation loss")
+        axes[-1][0].legend(**BESIDE)
+        save(figure, kind)
     return drawn
 
 
