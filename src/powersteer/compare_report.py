@@ -231,31 +231,31 @@ def _differences(experiment: ExperimentConfig, results: Results) -> list[str]:
 def _of_condition(experiment: ExperimentConfig, results: Results) -> list[str]:
     """What each method gains above itself without its condition."""
     twins = {seeing: (seeing, blind) for blind in experiment.methods if (seeing := experiment.sighted(blind))}
-    if not twins:
-        return []
     reference = next((method for method in twins if method == experiment.reference), None)
-    text = [
+    keys = [key for key in QUALITY if key in results.keys]
+    tables: list[str] = []
+    for pairs in results.panels(experiment):
+        rows = {m: [results.of_condition(both, pairs, key) for key in keys] for m, both in twins.items()}
+        if reference is not None:
+            for other in (other for other in twins if other != reference):
+                both = zip(rows[reference], rows[other], strict=True)
+                rows[f"{reference} above {other}"] = [_less(values, others) for values, others in both]
+        rows = {name: row for name, row in rows.items() if any(row)}
+        tables += _table([f"{pairs} pairs", *(_heading(key, arrow=False) for key in keys)]) if rows else []
+        for name, row in rows.items():
+            found = [Figure.of(list(values.values())) if values else None for values in row]
+            tables.append(_line([name, *(_gap(one, key) for one, key in zip(found, keys, strict=True))]))
+        tables += [""] if rows else []
+    if not tables:
+        return []
+    return [
         "## What of it the condition brings",
         "",
         "Differences seed by seed to the same network, trained alike, whose conditions are empty. What that gains is "
         "no information from the condition: the frozen base is at fault on such pictures, and the network mends it.",
         "",
+        *tables,
     ]
-    keys = [key for key in QUALITY if key in results.keys]
-    for pairs in results.panels(experiment):
-        brought = {m: [results.of_condition(both, pairs, key) for key in keys] for m, both in twins.items()}
-        rows = dict(brought)
-        if reference is not None:
-            for other in (other for other in twins if other != reference):
-                both = zip(brought[reference], brought[other], strict=True)
-                rows[f"{reference} above {other}"] = [_less(values, others) for values, others in both]
-        text += _table([f"{pairs} pairs", *(_heading(key, arrow=False) for key in keys)])
-        for name, row in rows.items():
-            found = [Figure.of(list(values.values())) if values else None for values in row]
-            if any(found):
-                text.append(_line([name, *(_gap(one, key) for one, key in zip(found, keys, strict=True))]))
-        text.append("")
-    return text
 
 
 def _heading(key: str, arrow: bool = True) -> str:
@@ -332,7 +332,7 @@ def _draw(experiment: ExperimentConfig, results: Results, folder: Path) -> list[
             if row + 1 == len(panels):
                 axis.set_xlabel(_labelled(key))
         axes[0][0].set_yticks(range(len(methods)), methods)
-        axes[0][0].invert_yaxis()
+        axes[0][0].set_ylim(len(methods) - 0.5, -0.5)
         save(figure, "methods")
 
     measured = next((key for key in QUALITY if key in results.keys), None)
