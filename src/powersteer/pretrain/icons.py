@@ -114,10 +114,13 @@ def build_icons(config: DataConfig, stage_dir: Path) -> None:
     icons: list[Icon] = []
     notices: dict[str, Any] = {}
     for source in config.sources:
+        notice: dict[str, Any] = {"use": source.use}
         if source.folder is not None:
-            place, notice, drawn = str(source.folder), {}, _captioned(source.folder)
+            drawn = _captioned(source.folder)
         else:
-            place, notice, drawn = _packaged(source, stage_dir / "npm", config.exclude_categories)
+            package = _fetch_package(str(source.package), stage_dir / "npm")
+            notice |= _whose(package)
+            drawn = _packaged(source, package, config.exclude_categories)
         for name, picture in drawn:
             pixels.append(picture)
             icons.append(
@@ -129,7 +132,7 @@ def build_icons(config: DataConfig, stage_dir: Path) -> None:
                     held_out=is_held_out(name, config.held_out_per_mille),
                 )
             )
-        notices[place] = {"pictures": len(drawn), "use": source.use, **notice}
+        notices[str(source.folder or source.package)] = {"pictures": len(drawn), **notice}
     save_file({"pixels": torch.from_numpy(np.stack(pixels))}, stage_dir / "icons.safetensors")
     with (stage_dir / "icons.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(icon)) + "\n" for icon in icons)
@@ -162,20 +165,16 @@ def _captioned(folder: Path) -> list[tuple[str, Drawn]]:
     return [(name, picture.round().byte().numpy()) for name, picture in shown]
 
 
-def _packaged(
-    source: IconSource, npm_dir: Path, exclude_categories: Sequence[str]
-) -> tuple[str, dict[str, Any], list[tuple[str, Drawn]]]:
-    """The package, whose it is, and the names and pictures of it."""
-    package = str(source.package)
-    folder = _fetch_package(package, npm_dir)
-    info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
-    notice = {
-        "author": info["author"]["name"],
-        "url": info["author"].get("url"),
-        "licence": info["license"]["spdx"],
-    }
+def _packaged(source: IconSource, folder: Path, exclude_categories: Sequence[str]) -> list[tuple[str, Drawn]]:
+    """Names and pictures of a package."""
     slugs = _names(source, folder, exclude_categories).items()
-    return package, notice, [(name, _draw(source, folder, slug)) for slug, name in track(slugs, package)]
+    return [(name, _draw(source, folder, slug)) for slug, name in track(slugs, str(source.package))]
+
+
+def _whose(folder: Path) -> dict[str, Any]:
+    """A package's author and licence."""
+    info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+    return {"author": info["author"]["name"], "url": info["author"].get("url"), "licence": info["license"]["spdx"]}
 
 
 def _fetch_package(package: str, npm_dir: Path) -> Path:
