@@ -283,11 +283,16 @@ def test_a_given_rate_needs_no_sweep(done, tmp_path, monkeypatch):
         compare.compare(wrong)
 
 
-def test_methods_see_the_same_pairs_side_by_side(done):
+def test_methods_see_the_same_pairs_side_by_side(done, tmp_path):
     assert (done.results_dir / "tiny-grid-8.png").exists()
     from PIL import Image
 
     assert Image.open(done.results_dir / "tiny-grid-8.png").size == (5 * 130 - 2, 18 + 2 * 130 - 2)
+    shutil.copytree(done.results_dir, tmp_path / "results", ignore=shutil.ignore_patterns("*.png"))
+    shutil.copytree(done.output_dir / "runs" / "t2i-8-0", tmp_path / "output" / "runs" / "t2i-8-0")
+    places = {"results_dir": tmp_path / "results", "output_dir": tmp_path / "output"}
+    assert not compare.compare(done.model_copy(update=places))  # lite's network is gone
+    assert Image.open(tmp_path / "results" / "tiny-grid-8.png").size == (4 * 130 - 2, 18 + 2 * 130 - 2)
 
 
 def test_the_report_is_made_of_the_json_alone(done, tmp_path):

@@ -403,11 +403,11 @@ class _Comparison:
         }
 
     def draw_grid(self, pairs: int | str, seed: int) -> None:
-        """Condition, prior, every method and target side by side, each row from one seed."""
-        file = self.experiment.grid(pairs)
-        folders = {m: self.experiment.output_dir / "runs" / f"{m}-{pairs}-{seed}" for m in self.experiment.methods}
-        whole = all((folder / "config.json").exists() for folder in folders.values())
-        if file.exists() or not self.experiment.grid_rows or not whole:
+        """Condition, prior, the methods whose networks are still there, and target side by side; a row has one seed."""
+        file, runs = self.experiment.grid(pairs), self.experiment.output_dir / "runs"
+        folders = {method: runs / f"{method}-{pairs}-{seed}" for method in self.experiment.methods}
+        folders = {method: folder for method, folder in folders.items() if (folder / "config.json").exists()}
+        if file.exists() or not self.experiment.grid_rows or not folders:
             return
         prior = replace(self.prior, shown=spread(len(self.prior.held_out.pairs), self.experiment.grid_rows))
         test = prior.held_out.pairs.pairs
