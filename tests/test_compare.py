@@ -16,7 +16,8 @@ from powersteer import PowersteerError, cli, compare, compare_report
 from powersteer.adapters import load_network
 from powersteer.base import load_base
 from powersteer.compare import ExperimentConfig
-from powersteer.compare_report import Figure, Results, write_report
+from powersteer.compare_report import write_report
+from powersteer.compare_results import Figure, Results
 from powersteer.config import build_config, load_config
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs
