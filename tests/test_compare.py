@@ -16,6 +16,7 @@ from powersteer import PowersteerError, cli, compare, compare_report
 from powersteer.adapters import load_network
 from powersteer.base import load_base
 from powersteer.compare import ExperimentConfig
+from powersteer.compare_plots import Plots
 from powersteer.compare_report import write_report
 from powersteer.compare_results import Figure, Results
 from powersteer.config import build_config, load_config
@@ -343,6 +344,11 @@ def test_more_pairs_have_tables_of_their_own_and_a_curve(done, tmp_path):
     assert "## all pairs" not in text and "from 6 of 12 runs" in text
     assert next(row for row in tables[0].splitlines() if "| lite |" in row) in tables[1]
     assert (tmp_path / "results" / "tiny-pairs.png").exists()
+    plots = Plots(more, Results.read(more))
+    for figure in (plots.against_parameters("denoising.reduction"), plots.curves("step", "updates")):
+        assert [axis.get_title() for axis in figure.axes] == ["8 pairs", "16 pairs"]
+        legend = figure.axes[-1].get_legend()  # of every method, though t2i has no run beside it
+        assert [text.get_text() for text in legend.get_texts()] == ["lite", "t2i"]
 
 
 def test_a_mean_and_its_standard_error():

@@ -6,7 +6,7 @@ import itertools
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 from powersteer.adapters import BASELINES
 from powersteer.compare import ExperimentConfig
@@ -22,7 +22,7 @@ def draw(experiment: ExperimentConfig, results: Results, folder: Path) -> list[s
     Raises:
         OSError: A file cannot be written.
     """
-    plots = _Plots(experiment, results)
+    plots = Plots(experiment, results)
     quality = next((key for key in QUALITY if key in results.keys), None)
     figures: dict[str, Any] = {"methods": plots.methods_side_by_side()}
     if quality is not None:
@@ -36,7 +36,7 @@ def draw(experiment: ExperimentConfig, results: Results, folder: Path) -> list[s
     return list(names)
 
 
-class _Plots:
+class Plots:
     """One look for all plots of an experiment: a method keeps its colour; those that are not BPS are dashed."""
 
     def __init__(self, experiment: ExperimentConfig, results: Results) -> None:
@@ -54,7 +54,7 @@ class _Plots:
         keys = [key for key in SET_AGAINST if key in self.results.keys]
         if not keys:
             return None
-        figure, axes = _figure(3.6, 0.8 + 0.26 * len(self.methods), len(self.panels), len(keys))
+        figure, axes = _figure(3.6, 0.8 + 0.26 * len(self.methods), len(self.panels), len(keys), layout="constrained")
         for (row, pairs), (column, key) in itertools.product(enumerate(self.panels), enumerate(keys)):
             axis, (_, factor, _) = axes[row][column], shown_as(key)
             for at, method in enumerate(self.methods):
@@ -131,12 +131,14 @@ class _Plots:
         axis.errorbar(list(found), height, yerr=errors, marker="o", capsize=3, **self.styles[method])
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+def _figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, layout: Literal["constrained"] | None = None
+) -> tuple[Any, Any]:
     """Axes (rows, columns) of that size each, in inches, with the same scale upwards."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    figure: Any = Canvas(figsize=(width * columns, height * rows), layout="constrained")
+    figure: Any = Canvas(figsize=(width * columns, height * rows), layout=layout)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, sharey=True, squeeze=False)
 
