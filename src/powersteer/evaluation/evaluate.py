@@ -184,7 +184,8 @@ def _denoising(subject: _Subject, settings: EvaluateSettings, cache: Path, conso
     prediction = subject.pipe.scheduler.config["prediction_type"]
     if subject.model is not None:
         errors = denoiser_errors(subject.pipe, subject.model, pairs)
-        found = measure_information(errors, alphas, len(pairs), draws=settings.draws, seed=settings.seed)
+        with console.status(f"information: {len(pairs):,} pairs, {settings.draws} draws each"):
+            found = measure_information(errors, alphas, len(pairs), draws=settings.draws, seed=settings.seed)
         yield Figure(
             "information, nats a latent dimension",
             "higher",
@@ -204,10 +205,11 @@ def _denoising(subject: _Subject, settings: EvaluateSettings, cache: Path, conso
             },
         )
     held_out = HeldOut(subject.pipe, pairs, draws=LOSS_DRAWS, seed=settings.seed)
-    losses = {PRIOR: held_out.losses(None)}
-    if subject.model is not None:
-        losses[STEERED] = held_out.losses(subject.model)
-        losses[SHUFFLED] = held_out.losses(subject.model, shuffled=True)
+    with console.status(f"denoising loss: {len(pairs):,} pairs, {LOSS_DRAWS} draws each"):
+        losses = {PRIOR: held_out.losses(None)}
+        if subject.model is not None:
+            losses[STEERED] = held_out.losses(subject.model)
+            losses[SHUFFLED] = held_out.losses(subject.model, shuffled=True)
     protocol = {"target": prediction, "pairs": len(pairs), "draws": LOSS_DRAWS, "seed": settings.seed}
     yield Figure("denoising loss", "lower", {k: Value.mean(loss.mean(0)) for k, loss in losses.items()}, protocol)
 
