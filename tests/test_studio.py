@@ -15,7 +15,7 @@ from powersteer.cli import app
 from powersteer.conditions.sketch import sketch_condition
 from powersteer.generate import steered_pictures
 from powersteer.metadata import read_metadata, save_picture
-from powersteer.studio.progress import Progress, Stopped
+from powersteer.studio.progress import Progress, Stopped, reported
 from powersteer.studio.recipe import as_command, as_python
 from powersteer.studio.serve import is_loopback, served
 from powersteer.studio.training import Training
@@ -80,6 +80,25 @@ def test_progress_goes_from_noise_to_picture_with_previews(studio):
     assert shares == sorted(shares)
     assert shares[-1] == 1
     assert any(one.preview is not None and one.preview.size == (32, 32) for one in progress)
+
+
+def test_who_looks_away_misses_neither_the_newest_preview_nor_the_end():
+    preview = Image.new("RGB", (2, 2))
+    looks_away, all_said = threading.Event(), threading.Event()
+
+    def work(report):
+        report(Progress(0.1))
+        looks_away.wait()
+        for one in (Progress(0.4, Image.new("RGB", (1, 1))), Progress(0.5, preview), Progress(0.9), Progress(1.0)):
+            report(one)
+        all_said.set()
+        return "done"
+
+    said = reported(work, threading.Event())
+    assert next(said) == Progress(0.1)
+    looks_away.set()
+    all_said.wait()
+    assert list(said) == [Progress(1.0, preview), "done"]
 
 
 def test_the_prior_is_made_once_however_often_the_drawing_changes(studio):

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -87,9 +87,14 @@ def reported(work: Callable[[Callable[[Progress], None]], Done], stop: threading
     try:
         while True:
             one = said.get()
-            with suppress(queue.Empty):  # of what waits, the newest is enough
+            with suppress(queue.Empty):
                 while isinstance(one, Progress):
-                    one = said.get_nowait()
+                    newer = said.get_nowait()
+                    if isinstance(newer, Progress):  # of what waits, the newest is enough, and the newest preview
+                        one = replace(newer, preview=newer.preview or one.preview)
+                    else:
+                        yield one
+                        one = newer
             if isinstance(one, BaseException):
                 raise one
             yield one
