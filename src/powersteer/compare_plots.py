@@ -62,6 +62,7 @@ class Plots:
                     axis.plot(seeds, [at] * len(seeds), "|", color="gray")
                     axis.plot(mean(seeds), at, "o", color=self.styles[method]["color"])
             axis.grid(alpha=0.3)
+            axis.locator_params(axis="x", nbins=5)
             axis.set(title=f"{pairs} pairs", xlabel=axis_label(key) if row + 1 == len(self.panels) else "")
         axes[0][0].set_yticks(range(len(self.methods)), self.methods)
         axes[0][0].set_ylim(len(self.methods) - 0.5, -0.5)
