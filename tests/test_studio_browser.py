@@ -56,7 +56,7 @@ def page(browser, address):
 def draw(page, radius: float = 0.3) -> None:
     """A circle."""
     canvas = page.locator("#canvas-0 canvas")
-    canvas.scroll_into_view_if_needed()
+    canvas.hover()  # which waits until it stands still and nothing lies over it
     box = canvas.bounding_box()
     for turn in range(25):
         angle = 2 * math.pi * turn / 24
@@ -73,11 +73,14 @@ def say(page, words: str) -> None:
 
 
 def wait_for(page, words: str, where: str = "#status") -> str:
-    page.wait_for_function(
-        "([where, words]) => document.querySelector(where)?.innerText.includes(words)",
-        arg=[where, words],
-        timeout=PATIENCE,
-    )
+    try:
+        page.wait_for_function(
+            "([where, words]) => document.querySelector(where)?.innerText.includes(words)",
+            arg=[where, words],
+            timeout=PATIENCE,
+        )
+    except playwright.TimeoutError:
+        pytest.fail(f"no '{words}': the page says '{page.inner_text(where)}', and {ink(page)} pixels are drawn")
     return page.inner_text(where)
 
 
