@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from powersteer import BPSModel, cli
+from powersteer.evaluation.information import LogSnr
 from powersteer.training.config import TrainConfig
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -27,6 +31,20 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         if name != "weights":
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     return module.eval()
+
+
+def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
+    """Each word a token. Written down, not trained: training breaks ties otherwise in every process."""
+    alphabet = sorted(ByteLevel.alphabet())
+    merges: dict[tuple[str, str], None] = {}
+    for word in sorted({word for caption in captions for word in caption.split()}):
+        letters = [*word[:-1], f"{word[-1]}</w>"]
+        for end in range(1, len(word)):
+            merges["".join(letters[:end]), letters[end]] = None
+    ends = [f"{letter}</w>" for letter in alphabet]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *alphabet, *ends, *map("".join, merges)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab, list(merges), model_max_length=12)
 
 
 def build_pipe() -> StableDiffusionPipeline:
@@ -49,9 +67,7 @@ def build_pipe() -> StableDiffusionPipeline:
         latent_channels=4,
         norm_num_groups=4,
     )
-    words = ["a fox", "a red house", "a cat face", "two fish", "the moon"]
-    tokenizer = CLIPTokenizer().train_new_from_iterator([words], vocab_size=600, show_progress=False)
-    tokenizer.model_max_length = 12
+    tokenizer = build_tokenizer(["a fox", "a red house", "a cat face", "two fish", "the moon"])
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -103,6 +119,15 @@ def base_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     build_pipe().save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def uniform_log_snr() -> Iterator[None]:
+    """Information's draws as they are, whatever a pilot gains: its rounding would move some to other timesteps, and a
+    figure that is measured twice would not be the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LogSnr, "proposal", lambda self, *_: self.uniform)
+        yield
 
 
 def draw_pairs(folder: Path, count: int, seed: int = 0, size: int = 32) -> Path:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import draw_pairs
+from conftest import draw_pairs, uniform_log_snr
 from powersteer import PowersteerError, cli, compare, compare_report
 from powersteer.adapters import load_network
 from powersteer.base import load_base
@@ -61,7 +61,8 @@ def done(tmp_path_factory, base_dir):
     for split, count in (("train", 10), ("validation", 4), ("test", 6)):
         draw_pairs(folder / "data" / split, count, seed=count)
     experiment = build_config(values_of(folder, base_dir), ExperimentConfig)
-    assert not compare.compare(experiment)
+    with uniform_log_snr():
+        assert not compare.compare(experiment)
     return experiment
 
 
@@ -90,7 +91,8 @@ def test_every_run_has_its_figures_and_where_they_come_from(done):
     assert found["gain"] == pytest.approx(prior - found["loss"], abs=1e-6)
     assert run["base"]["unet"] == weights_sha256(pipe.unet) and len(run["base"]["vae"]) == 64
     alphas = noise_schedule(pipe).alphas_cumprod
-    wanted = measure_information(denoiser_errors(pipe, network, test), alphas, 6, draws=compare.INFORMATION_DRAWS)
+    with uniform_log_snr():
+        wanted = measure_information(denoiser_errors(pipe, network, test), alphas, 6, draws=compare.INFORMATION_DRAWS)
     assert run["test"]["information"]["nats"] == pytest.approx(wanted.steered.mean, rel=1e-4)
     assert result(done, "prior")["test"]["information"] == {"nats": 0}
 

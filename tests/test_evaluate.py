@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import draw_pairs, randomise
+from conftest import draw_pairs, randomise, uniform_log_snr
 from powersteer import PowersteerError
 from powersteer.adapters import BASELINES, attach, make_adapter
 from powersteer.base import load_base
@@ -174,12 +174,14 @@ def test_baselines_are_evaluated_as_bps_is(run, data, base_dir, tmp_path, kind):
     network = make_adapter(pipe.unet, preset=kind, pixel_unshuffle=4, prediction_type="epsilon", conditioning=record)
     randomise(randomise(network), seed=1).save_pretrained(tmp_path / kind)  # twice: strong enough to be seen
     args = [data, "--adapter", tmp_path / kind, "--base", base_dir, "--pictures", 4, "--steps", 2, "--draws", 2]
-    code, _, err = run(*args, "--diversity", 1, "--json", tmp_path / "out.json", "--save-pictures", tmp_path / "made")
+    args += ["--diversity", 1, "--json", tmp_path / "out.json", "--save-pictures", tmp_path / "made"]
+    pairs = encode_pairs(pipe, Pairs(data / "test", (32, 32)))
+    with uniform_log_snr():
+        code, _, err = run(*args)
+        errors = denoiser_errors(pipe, network, pairs)
+        wanted = measure_information(errors, noise_schedule(pipe).alphas_cumprod, 6, draws=2)
     assert code == 0, err
     written = json.loads((tmp_path / "out.json").read_text())
-    pairs = encode_pairs(pipe, Pairs(data / "test", (32, 32)))
-    errors = denoiser_errors(pipe, network, pairs)
-    wanted = measure_information(errors, noise_schedule(pipe).alphas_cumprod, 6, draws=2)
     found = written["figures"]["information, nats a latent dimension"]["values"]
     # Gains of both signs cancel in the mean: rounding is small beside its error, not beside it.
     assert found["steered"]["value"] == pytest.approx(wanted.steered.mean, rel=1e-3, abs=1e-3 * wanted.steered.error)

@@ -6,9 +6,11 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModel, AutoTokenizer, CLIPTokenizer
 
 from powersteer.config import StrictConfig
@@ -37,21 +39,18 @@ def train_tokenizer(config: TokenizerConfig, icons: IconSet, stage_dir: Path) ->
     if mark.exists() and mark.read_text(encoding="utf-8") == made_from:
         return CLIPTokenizer.from_pretrained(stage_dir)
     batches = (lines[i : i + 1000] for i in range(0, len(lines), 1000))
-    tokenizer = CLIPTokenizer().train_new_from_iterator(batches, vocab_size=config.vocab_size, show_progress=False)
-    tokenizer.model_max_length = MAX_TOKENS
+    # As special tokens, letters that end a word have ids of their own before the training, as in CLIP's vocabulary;
+    # it would give them some in the order of a hash table, and break ties between merges by them.
+    ends = [f"{letter}</w>" for letter in sorted(ByteLevel.alphabet())]
+    trained = CLIPTokenizer().train_new_from_iterator(
+        batches, config.vocab_size, new_special_tokens=ends, show_progress=False
+    )
+    model = json.loads(trained.backend_tokenizer.to_str())["model"]
+    merges: Any = [tuple(merge) for merge in model["merges"]]
+    tokenizer = CLIPTokenizer(model["vocab"], merges, model_max_length=MAX_TOKENS)
     tokenizer.save_pretrained(stage_dir)
-    _sort_word_ends(stage_dir / "tokenizer.json")
     mark.write_text(made_from, encoding="utf-8")
     return CLIPTokenizer.from_pretrained(stage_dir)
-
-
-def _sort_word_ends(file: Path) -> None:
-    """Letters that end a word got their ids in the order of a hash table: another one each time."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary: dict[str, int] = content["model"]["vocab"]
-    ends = sorted(token for token in vocabulary if len(token) == len("x</w>") and token.endswith("</w>"))
-    vocabulary.update(zip(ends, sorted(vocabulary[token] for token in ends), strict=True))
-    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
