@@ -85,9 +85,9 @@ def test_figures_are_those_of_committed_results():
     ).replace("%", " %") in pages["index"]
     assert (
         f"{metrics['held_out_pictures']} generated pictures agree with the drawings' to an F1 of "
-        f"{lines['steered']:.2f} "
-        f"(the prior's: {lines['prior']:.2f}; with drawings shuffled: {lines['shuffled']:.2f}; the artist's own: "
-        f"{lines['artist']:.2f})"
+        f"{lines['steered']:.3f} "
+        f"(the prior's: {lines['prior']:.3f}; with drawings shuffled: {lines['shuffled']:.3f}; the artist's own: "
+        f"{lines['artist']:.3f})"
     ) in pages["index"]
     steps = json.loads((DOCS / "results" / "train-sd15-cpu.json").read_text(encoding="utf-8"))
     for row in steps["rows"]:

@@ -65,14 +65,15 @@ def run_demo(
     settings: dict[str, Any] = {
         "train_data_dir": str(data / "train"),
         "output_dir": out_dir / run_name,
+        "learning_rate": TINY_LEARNING_RATE,
         "cache_dir": out_dir / "cache",
         "max_train_minutes": TRAIN_MINUTES,
         "seed": seed,
     }
     if pairs is None:
-        settings |= {"validation_data_dir": data / "validation", "max_train_steps": steps or 2000}
+        settings |= {"weights": "uniform", "validation_data_dir": data / "validation", "max_train_steps": steps or 2000}
     else:
-        settings |= {"preset": "few-shot", "max_train_samples": pairs, "learning_rate": TINY_LEARNING_RATE}
+        settings |= {"preset": "few-shot", "max_train_samples": pairs}
         settings |= {"max_train_steps": steps} if steps else {}
     config = build_config(settings, TrainConfig)
     trained = train(config)
