@@ -39,7 +39,7 @@ def train_tokenizer(config: TokenizerConfig, icons: IconSet, stage_dir: Path) ->
     if mark.exists() and mark.read_text(encoding="utf-8") == made_from:
         return CLIPTokenizer.from_pretrained(stage_dir)
     batches = (lines[i : i + 1000] for i in range(0, len(lines), 1000))
-    # As special tokens, letters that end a word have their ids before the training, all of them, as in CLIP's vocabulary.
+    # As special tokens, letters that end a word have their ids before the training, as in CLIP's vocabulary.
     # Else it numbers them in the order of a hash table, and breaks ties between merges by those numbers.
     ends = [f"{letter}</w>" for letter in sorted(ByteLevel.alphabet())]
     trained = CLIPTokenizer().train_new_from_iterator(
