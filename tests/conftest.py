@@ -34,7 +34,7 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """Each word a token. Written down, not trained: training breaks ties otherwise in every process."""
+    """Each word a token. Written down, not trained: training would break ties differently in every process."""
     alphabet = sorted(ByteLevel.alphabet())
     merges: dict[tuple[str, str], None] = {}
     for word in sorted({word for caption in captions for word in caption.split()}):
@@ -123,8 +123,8 @@ def base_dir(tmp_path_factory) -> Path:
 
 @contextmanager
 def uniform_log_snr() -> Iterator[None]:
-    """Information's draws as they are, whatever a pilot gains: its rounding would move some to other timesteps, and a
-    figure that is measured twice would not be the same."""
+    """Information draws log-SNRs uniformly, not where a pilot gains: rounding of its gains can move draws to the next
+    timestep, so that a figure that is measured twice, by two ways, differs by more than rounding."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LogSnr, "proposal", lambda self, *_: self.uniform)
         yield

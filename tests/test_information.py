@@ -106,14 +106,14 @@ def test_the_standard_error_is_calibrated():
     assert means.mean().item() == pytest.approx(exact(gaussians, COSINE), abs=4 * means.std().item() / 200**0.5)
 
 
-def test_draws_that_follow_the_gain_are_better_than_uniform_ones(monkeypatch):
+def test_draws_that_follow_the_gain_are_better_than_uniform_ones():
     def spread() -> float:
         gaussians = Gaussians(COSINE, 400)
         return measure_information(gaussians.errors, COSINE, 400, draws=1).steered.error
 
     informed = spread()
-    monkeypatch.setattr(LogSnr, "proposal", lambda self, log_snr, gains: self.uniform)
-    assert informed < 0.8 * spread()
+    with uniform_log_snr():
+        assert informed < 0.8 * spread()
 
 
 def test_equal_denoisers_have_gained_nothing():

@@ -12,7 +12,13 @@ from powersteer.base import load_adapter, load_base
 from powersteer.data.sources import openmoji
 from powersteer.steering import steer
 
-CHANNELS = {"sketch": 1, "segmentation": 3, "layout": 3, "style": 4}
+KINDS = {
+    "sketch": (1, []),
+    "segmentation": (3, ["weights=head-heavy"]),
+    "layout": (3, []),
+    "style": (4, ["weights=head-heavy"]),
+}
+"""Channels, and what is given beside the file, whose weights are uniform."""
 
 
 @pytest.fixture
@@ -36,20 +42,21 @@ def powersteer(monkeypatch, *args):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", CHANNELS)
+@pytest.mark.parametrize("task", KINDS)
 def test_from_pictures_to_steered_ones(task, tmp_path, monkeypatch, some_drawings):
     pairs, run = tmp_path / "pairs", tmp_path / "run"
     powersteer(monkeypatch, "prepare", task, "openmoji", pairs, "--workers", 1)
     powersteer(monkeypatch, "data", "check", pairs / "train", "--validation", pairs / "validation")
     args = [f"train_data_dir={pairs / 'train'}", f"validation_data_dir={pairs / 'validation'}", f"output_dir={run}"]
-    args += ["train_batch_size=4", "max_train_steps=3", "validation_steps=3", "num_validation_images=2"]
+    channels, given = KINDS[task]
+    args += [*given, "train_batch_size=4", "max_train_steps=3", "validation_steps=3", "num_validation_images=2"]
     powersteer(monkeypatch, "train", "configs/many-pairs.yaml", *args)
     powersteer(monkeypatch, "evaluate", pairs, "--adapter", run, "--pictures", 4, "--steps", 2, "--diversity", 0,
                "--draws", 1, "--json", tmp_path / "figures.json", "--save-pictures", tmp_path / "pictures")  # fmt: skip
 
     model = load_adapter(str(run))
-    assert model.config["conditioning_channels"] == CHANNELS[task] and model.config["conditioning"]["kind"] == task
-    assert model.config["mid_weight"] == 1
+    assert model.config["conditioning_channels"] == channels and model.config["conditioning"]["kind"] == task
+    assert model.config["mid_weight"] == (32 if given else 1)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["provenance"]["data"]["pairs"] == 4 and figures["provenance"]["data"]["kind"] == task
     assert Image.open(tmp_path / "pictures" / "grid.png").width == 5 * (128 + 2) - 2
@@ -66,5 +73,5 @@ def test_from_pictures_to_steered_ones(task, tmp_path, monkeypatch, some_drawing
     text = torch.zeros(1, 4, unet.config.cross_attention_dim)
     with torch.no_grad():
         before = unet(latents, 500, text).sample
-        with steer(unet, model, torch.rand(1, CHANNELS[task], 64, 64)):
+        with steer(unet, model, torch.rand(1, channels, 64, 64)):
             assert not torch.equal(unet(latents, 500, text).sample, before)
