@@ -77,10 +77,10 @@ def curves(log: list[dict[str, Any]], width: int = 720, height: int = 260) -> st
     """The log's prior, steered and shuffled losses as an SVG line plot."""
     colours = {"prior": "#888", "steered": "#0a7d4f", "shuffled": "#c2410c"}
     last = max((row["step"] for row in log), default=0) or 1
-    top = 1.6 * max((row["prior"] for row in log if "prior" in row), default=1.0)  # shuffled may leave the plot
+    top = 1.05 * max((row[name] for row in log for name in colours if name in row), default=1.0)
     lines: list[str] = []
     for position, (name, colour) in enumerate(colours.items()):
-        points = [(row["step"] / last, min(row[name], top) / top) for row in log if name in row]
+        points = [(row["step"] / last, row[name] / top) for row in log if name in row]
         places = " ".join(f"{50 + (width - 60) * x:.1f},{height - 25 - (height - 35) * y:.1f}" for x, y in points)
         lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{places}"/>')
         lines.append(f'<text x="{60 + 90 * position}" y="{height - 30}" fill="{colour}">{name}</text>')
