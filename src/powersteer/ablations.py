@@ -38,11 +38,6 @@ ABLATIONS: dict[str, type[BPSModel]] = {
     "conditional-half": ConditionalHalf,
 }
 
-BLIND = "blind"
-"""An ablation of any network, the baselines too: its conditions are empty, in training and ever after. What it gains
-all the same, it owes to the pictures it was trained on, not to the condition."""
-
-
 NO_LATENTS = "no-latents"
 
 

@@ -17,7 +17,6 @@ from diffusers import ControlNetModel, ControlNetXSAdapter, UNet2DConditionModel
 
 from powersteer.ablations import (
     ABLATIONS,
-    BLIND,
     NO_LATENTS,
     AddedOnce,
     ConditionalHalf,
@@ -37,6 +36,7 @@ from powersteer.baselines import (
     make_t2i_adapter,
 )
 from powersteer.conditions import to_condition
+from powersteer.conditions.kinds import BLIND
 from powersteer.errors import PowersteerError
 from powersteer.fingerprint import describe, differences, fingerprint
 from powersteer.model import BPSModel
@@ -186,8 +186,6 @@ def attach(unet: UNet2DConditionModel, network: Adapter, condition: torch.Tensor
         PowersteerError: The network does not fit the U-Net, the condition is malformed, or (within the block) the
             number of conditions or their size does not fit the batch.
     """
-    if (record_of(network).get("conditioning") or {}).get(BLIND):
-        condition = torch.zeros_like(condition)
     if isinstance(network, BPSModel):
         layers = last_layers if isinstance(network, AddedOnce) else None
         both = not isinstance(network, ConditionalHalf)
@@ -198,6 +196,8 @@ def attach(unet: UNet2DConditionModel, network: Adapter, condition: torch.Tensor
     channels = condition_channels(network)
     if channels == 3 and condition.ndim == 4 and condition.shape[1] == 1:
         condition = condition.expand(-1, 3, -1, -1)
+    if (record_of(network).get("conditioning") or {}).get(BLIND):
+        condition = torch.zeros_like(condition)
     parameter = next(network.parameters())
     checked = to_condition(condition, channels).to(device=parameter.device, dtype=parameter.dtype)
 

@@ -22,9 +22,9 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 
-from powersteer.ablations import BLIND
 from powersteer.adapters import Adapter, load_network
 from powersteer.base import load_base
+from powersteer.conditions.kinds import BLIND
 from powersteer.config import StrictConfig, build_config
 from powersteer.data.encode import EncodedPairs, encode_pairs
 from powersteer.data.openmoji import prepare_openmoji

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from powersteer.conditions import to_condition
+from powersteer.conditions.kinds import BLIND
 from powersteer.errors import PowersteerError
 from powersteer.fingerprint import describe, differences, fingerprint
 from powersteer.model import BPSModel
@@ -176,6 +177,8 @@ class _Source:
         said = model.config["conditioning"] or {}
         bounds = said.get("range", (0, 1))
         condition = to_condition(picture, model.config["conditioning_channels"], bounds).to(next(model.parameters()))
+        if said.get(BLIND):
+            condition = torch.zeros_like(condition)
         ink = condition.mean().item()
         if said.get("kind") == "sketch" and ink > 0.5:
             warnings.warn(f"{ink:.0%} of the sketch is ink, which is 1 on 0: is it inverted?", stacklevel=4)

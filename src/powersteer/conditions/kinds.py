@@ -15,6 +15,9 @@ FEATURE = "feature"
 """The kind that is no picture: a map (C, h, w) of any numbers, at the latents' size."""
 FEATURE_SUFFIX = ".npy"
 """Of its files."""
+BLIND = "blind"
+"""Key of a network's conditioning record: the network is shown empty conditions, in training and ever after. What it
+gains all the same, it owes to the pictures it was trained on, not to the condition."""
 
 
 def conditioning_record(kind: str) -> dict[str, Any]:
