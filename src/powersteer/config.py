@@ -10,13 +10,15 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from powersteer.core.files import write_whole
+from powersteer.core.text import parse_yaml, read_text
 from powersteer.errors import PowersteerError
 
 
 class StrictConfig(BaseModel):
-    """A frozen configuration section that refuses keys it does not know."""
+    """A frozen configuration section that refuses keys it does not know, and numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
@@ -38,12 +40,7 @@ def load_config(path: Path, kind: type[ConfigT], overrides: Sequence[str] = ()) 
         PowersteerError: The file is missing or not a YAML mapping, an override is malformed, a key is unknown
             (the nearest valid name is suggested) or a value is of the wrong kind.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PowersteerError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PowersteerError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    values = parse_yaml(read_text(path), str(path))
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -74,19 +71,21 @@ def build_config(
         return kind.model_validate(values)
     except ValidationError as error:
         raise PowersteerError(f"{where}: {_first_fault(error, kind)}") from None
+    except (OverflowError, TypeError) as error:  # of a validator that was given what no number's type holds
+        raise PowersteerError(f"{where}: {_one_line(error)}") from None
 
 
 def save_config(config: StrictConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    """Write the resolved configuration as YAML.
+
+    Raises:
+        PowersteerError: It cannot be written.
+    """
+    write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
 
 
 def _parse_scalar(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PowersteerError(f"'{text}' is not a YAML value: {_one_line(error)}") from None
+    value = parse_yaml(text, f"'{text}'")
     # YAML 1.1 reads 1e-4 as a string; people mean the number.
     if isinstance(value, str):
         try:

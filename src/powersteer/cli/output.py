@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
-from powersteer.errors import PowersteerError
+from powersteer.core.console import PlainConsole, printable
+from powersteer.core.files import write_whole
 
-out = Console()
+out = PlainConsole()
+"""Prints strings as they are: no markup, no escape codes."""
+
+
+def tell(word: str, style: str, text: str, console: Console = out) -> None:
+    """Print ``word: text``, the word in a colour, on one line however long."""
+    console.print(Text.assemble((f"{word}:", style), " ", printable(text)), soft_wrap=True)
 
 
 def write_json(file: Path | None, values: dict[str, Any]) -> None:
     """Write figures to a file, if one is given."""
-    if file is None:
-        return
-    try:
-        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise PowersteerError(f"cannot write {file}: {error.strerror}") from None
+    if file is not None:
+        write_whole(file, (json.dumps(values, indent=2) + "\n").encode())

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from powersteer.data.files import write_whole
+from powersteer.core.files import write_whole
 from powersteer.data.make import Outcome
 from powersteer.errors import PowersteerError
 

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from powersteer.conditions.extractor import Box, Extractor, Registered, Subject
+from powersteer.core.files import write_whole
 from powersteer.data.check import ALIKE, ALIKE_COLOURS, perceptual_hash
-from powersteer.data.files import write_whole
 from powersteer.data.pairs import same_aspect
 from powersteer.data.sources.base import Captions, Item
 from powersteer.errors import PowersteerError

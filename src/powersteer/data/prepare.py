@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from powersteer.conditions.extractor import EXTRACTORS, Registered, Task
 from powersteer.config import StrictConfig
-from powersteer.data.files import write_whole
+from powersteer.core.files import write_whole
 from powersteer.data.ledger import FOLDER, Ledger, Shards, log_path, read_log, rejected_table
 from powersteer.data.make import HeldOut, Job, Measures, Outcome, Recipe, measure
 from powersteer.data.sources import OPENMOJI, find_source

@@ -1,0 +1,129 @@
+"""The door for encoded pictures: bytes → a Pillow picture, upright, in sRGB, 8 bits a channel; or the one error."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from PIL import Image, ImageCms, ImageOps
+
+from powersteer.core.files import reason_of
+from powersteer.errors import PowersteerError
+
+_PNG, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24
+"""A PNG's first bytes, and the offset of its bit depth."""
+_BITS_PER_SAMPLE = 258
+"""TIFF's tag."""
+_NOT_READ = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF")
+"""They need another program, or hold no picture."""
+
+
+@cache
+def picture_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read: all it reads by itself; EPS, say, would run another program."""
+    Image.init()
+    return tuple(kind for kind in Image.OPEN if kind not in _NOT_READ)
+
+
+@cache
+def picture_suffixes() -> frozenset[str]:
+    """Suffixes of those formats' files, in lower case: ``.png``, ``.jfif``, …"""
+    formats = picture_formats()
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats)
+
+
+def open_picture(content: bytes, where: str, formats: Sequence[str] | None = None) -> Image.Image:
+    """Decode a picture.
+
+    Args:
+        content: The file.
+        where: Its name, for messages.
+        formats: Those that are taken; `picture_formats` by default.
+
+    Returns:
+        Mode L, RGB, or RGBA where it has transparency; upright by its EXIF orientation; in sRGB, whatever its colour
+        profile.
+
+    Raises:
+        PowersteerError: It is no readable picture, is cut short, has too many pixels, more than 8 bits a channel, or a
+            colour profile that cannot be read.
+    """
+    image = decode_picture(content, where, formats)
+    if _is_deep(image, content):
+        raise PowersteerError(f"{where} has 16 bits a channel or more: save it with 8 bits a channel")
+    upright = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
+    alpha = upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+    if profile:
+        colours = _in_srgb(upright, profile, where)
+    else:
+        colours = upright.convert("L" if upright.mode in ("1", "L") and alpha is None else "RGB")
+    if alpha is not None:
+        colours = colours.convert("RGB")
+        colours.putalpha(alpha)
+    return colours
+
+
+def decode_picture(content: bytes, where: str, formats: Sequence[str] | None = None) -> Image.Image:
+    """Decode a picture's pixels as they are stored; see `open_picture`.
+
+    Raises:
+        PowersteerError: It is no readable picture, is cut short, or has too many pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of profiles, palettes and sizes: what matters is refused in words
+            image = Image.open(io.BytesIO(content), formats=tuple(formats or picture_formats()))
+            image.load()
+            image.getexif()
+    except Exception as error:  # Pillow's decoders raise whatever they meet
+        raise PowersteerError(_told(content, where, error)) from None
+    return image
+
+
+def _told(content: bytes, where: str, error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        return f"{where} has too many pixels: scale it down to {most} million at most"
+    if content[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypheif"):
+        return f"{where} is a HEIC picture, which is not read here: save it as PNG or JPEG"
+    if isinstance(error, ValueError) and "MAX_TEXT" in str(error):
+        return f"{where} carries too much text beside its pixels: save it without metadata"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"{where} is not a readable picture: it is {'empty' if not content else 'of no known format'}"
+    return f"{where} is not a readable picture ({reason_of(error)})"
+
+
+def _is_deep(image: Image.Image, content: bytes) -> bool:
+    """Whether it has more than 8 bits a channel, which Pillow may have dropped unseen."""
+    if image.mode.startswith(("I", "F")):
+        return True
+    if content.startswith(_PNG):
+        return content[_PNG_DEPTH] > 8
+    tags: Any = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS_PER_SAMPLE, ())
+    return any(depth > 8 for depth in (bits if isinstance(bits, tuple) else (bits,)))
+
+
+def _in_srgb(image: Image.Image, profile: bytes, where: str) -> Image.Image:
+    """Its colours, RGB or L, by its colour profile."""
+    mode = {"1": "L", "LA": "L", "La": "L", "P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGB", "RGBX": "RGB"}
+    given = image.convert(mode.get(image.mode, image.mode))
+    try:
+        source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower() and given.mode != "CMYK":
+            return given.convert("L" if given.mode == "L" else "RGB")
+        if source.profile.xcolor_space.strip() == "GRAY" and given.mode != "L":
+            given = given.convert("L")
+        if source.profile.xcolor_space.strip() == "RGB" and given.mode == "L":
+            given = given.convert("RGB")
+        made = ImageCms.profileToProfile(given, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except Exception as error:  # littlecms, and Pillow's glue to it
+        raise PowersteerError(
+            f"{where} has a colour profile that cannot be used ({reason_of(error)}): save it in sRGB, or without one"
+        ) from None
+    assert made is not None
+    return made.convert("L") if image.mode in ("1", "L", "LA", "La") else made
