@@ -20,7 +20,7 @@ class PlainConsole(Console):
     """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"markup": False, "emoji": False, "highlight": False, **settings})
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
 
     def render_str(self, text: str, **settings: Any) -> Text:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See `Console.render_str`."""
