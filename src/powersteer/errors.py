@@ -1,4 +1,4 @@
-"""The one kind of error a user can cause and mend: the command line prints it in one line and exits with 2."""
+"""What a user can cause and mend: errors, which the command line prints in one line, exit status 2; and warnings."""
 
 
 class PowersteerError(ValueError):
@@ -7,3 +7,7 @@ class PowersteerError(ValueError):
 
 class NonFiniteError(PowersteerError):
     """A loss or a gradient became infinite or no number: training has diverged."""
+
+
+class PowersteerWarning(UserWarning):
+    """Something that a user should know; the work goes on."""
