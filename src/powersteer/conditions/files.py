@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
 
 from powersteer.conditions.kinds import FEATURE, FEATURE_SUFFIX, LABEL_MAPS
-from powersteer.conditions.sketch import open_picture, sketch_condition
-from powersteer.conditions.tensors import PIL_MODES, read_features, resized, to_condition
+from powersteer.conditions.layers import PIL_MODES, as_condition
+from powersteer.conditions.sketch import open_layers, padded, sketch_condition
+from powersteer.conditions.tensors import read_features, resized, to_condition
+from powersteer.core.files import read_bytes
 from powersteer.errors import PowersteerError
+
+Fit = Literal["pad", "crop"]
+"""How a picture of another shape comes to a size: whole, on paper; or scaled to cover it and cropped."""
 
 
 def check_condition(file: Path) -> None:
@@ -20,19 +26,29 @@ def check_condition(file: Path) -> None:
         PowersteerError: It cannot be read.
     """
     if file.suffix.lower() == FEATURE_SUFFIX:
-        read_features(_content(file), str(file))
+        read_features(read_bytes(file), str(file))
     else:
-        open_picture(file)
+        open_layers(file)
+
+
+def fit_of(channels: int, kind: str | None, *, prepared: bool) -> Fit:
+    """How conditions of a kind are fitted where nothing else lies beside them: only a person's sketch is padded."""
+    return "pad" if channels == 1 and kind in ("sketch", None) and not prepared else "crop"
 
 
 def read_condition(
-    file: Path, channels: int, kind: str | None, size: tuple[int, int], *, prepared: bool = False
+    file: Path,
+    channels: int,
+    kind: str | None,
+    size: tuple[int, int],
+    *,
+    prepared: bool = False,
+    fit: Fit | None = None,
 ) -> tuple[torch.Tensor, bool]:
     """A file as a condition (C, H, W); and whether it was a sketch that had to be inverted.
 
-    A sketch is fitted into the size and padded with its paper, unless it is ``prepared``. Any other picture is scaled
-    to cover it and cropped, as in training: label maps without interpolation, colour and structure of a style each for
-    itself. Features must have the size.
+    Label maps are scaled without interpolation, colour and structure of a style each for itself. Features must have the
+    size. What is transparent is 0; see `powersteer.conditions.layers`.
 
     Args:
         file: A picture, or a ``.npy`` (C, H, W).
@@ -40,35 +56,54 @@ def read_condition(
         kind: Of the network's condition; None for a network that does not say, where one channel is a sketch.
         size: (height, width): pixels, or of features.
         prepared: It is the condition of a training pair: a sketch's ink is 1 on 0, and it is cropped as in training.
+        fit: See `Fit`; `fit_of` by default.
 
     Raises:
         PowersteerError: It cannot be read, or is not what the network reads.
     """
     height, width = size
     if file.suffix.lower() == FEATURE_SUFFIX:
-        features = torch.from_numpy(read_features(_content(file), str(file))).float()
+        features = torch.from_numpy(read_features(read_bytes(file), str(file))).float()
         if tuple(features.shape) != (channels, height, width):
             raise PowersteerError(f"{file} has shape {tuple(features.shape)}, not {(channels, height, width)}")
         return features, False
     if kind == FEATURE or channels not in PIL_MODES:
         raise PowersteerError(f"the adapter reads feature maps of {channels} channels: give a {FEATURE_SUFFIX}")
+    fit = fit or fit_of(channels, kind, prepared=prepared)
+    layers, inverted = open_layers(file), False
     if channels == 1 and kind in ("sketch", None) and not prepared:
-        sketch, inverted = sketch_condition(open_picture(file), size)
-        return to_condition(sketch, channels)[0], inverted
-    # What is transparent has no label; the alpha of a style is its structure.
-    paper = None if channels == 4 else "black" if kind in LABEL_MAPS or (prepared and channels == 1) else "white"
-    picture = open_picture(file, paper).convert(PIL_MODES[channels])
+        # Inverted first: the padding is paper, whatever its colour was.
+        picture, inverted = sketch_condition(layers, (layers.height, layers.width), str(file))
+    else:
+        picture = as_condition(layers, channels, kind, str(file))
     resampling = Image.Resampling.NEAREST if kind in LABEL_MAPS else Image.Resampling.LANCZOS
+    return to_condition(fitted(picture, size, fit, resampling, str(file)), channels)[0], inverted
+
+
+def fitted(
+    picture: Image.Image,
+    size: tuple[int, int],
+    fit: Fit,
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
+    where: str = "the picture",
+    paper: str = "black",
+) -> Image.Image:
+    """A picture at a size (height, width).
+
+    Args:
+        picture: Any mode; colour and structure of RGBA are scaled each for itself.
+        size: Pixels.
+        fit: See `Fit`.
+        resampling: Of the pixels.
+        where: Its name, for messages.
+        paper: Around what is padded.
+
+    Raises:
+        PowersteerError: It is too narrow to be padded.
+    """
+    height, width = size
+    if fit == "pad":
+        return padded(picture, size, paper, where)
     share = min(picture.width / width, picture.height / height)
     left, top = (picture.width - share * width) / 2, (picture.height - share * height) / 2
-    box = (left, top, left + share * width, top + share * height)
-    return to_condition(resized(picture, (width, height), resampling, box), channels)[0], False
-
-
-def _content(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        raise PowersteerError(f"{file} does not exist") from None
-    except OSError as error:
-        raise PowersteerError(f"{file} cannot be read: {error.strerror}") from None
+    return resized(picture, (width, height), resampling, (left, top, left + share * width, top + share * height))

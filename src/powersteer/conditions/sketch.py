@@ -4,41 +4,38 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps
 
-from powersteer.conditions.tensors import NO_STRUCTURE
+from powersteer.conditions.layers import on_paper, paper_of
+from powersteer.core import images
+from powersteer.core.files import read_bytes
 from powersteer.errors import PowersteerError
 
 MIN_SIDE = 8
 """Pixels: anything smaller is a mistake, not a drawing."""
 
 
-def open_picture(path: Path, paper: str | None = "white") -> Image.Image:
-    """Read a picture upright as RGB, what is transparent on ``paper``; as RGBA without paper.
+def open_layers(path: Path) -> Image.Image:
+    """Read a picture of a person, upright and in sRGB: mode L, RGB, or RGBA where it has transparency.
 
     Raises:
-        PowersteerError: There is no such file, it is no readable picture, or (without paper) it has no alpha channel.
+        PowersteerError: It is no readable picture (see `powersteer.core.images.open_picture`), or a tiny one.
     """
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith(("I", "F")):
-                raise PowersteerError(f"{path} has {upright.mode} pixels: save it with 8 bits a channel")
-            if paper is None and not upright.has_transparency_data:
-                raise PowersteerError(f"{path} {NO_STRUCTURE}")
-            layers = upright.convert("RGBA")
-    except FileNotFoundError:
-        raise PowersteerError(f"{path} does not exist") from None
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise PowersteerError(f"{path} is not a readable picture ({error})") from None
+    layers = images.open_picture(read_bytes(path), str(path))
     if min(layers.size) < MIN_SIDE:
         raise PowersteerError(f"{path} is {layers.width}×{layers.height} pixels: too small to steer by")
-    if paper is None:
-        return layers
-    return Image.alpha_composite(Image.new("RGBA", layers.size, paper), layers).convert("RGB")
+    return layers
 
 
-def sketch_condition(picture: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, bool]:
+def open_picture(path: Path) -> Image.Image:
+    """Read a picture as RGB, what is transparent on white; see `open_layers`."""
+    return on_paper(open_layers(path))
+
+
+def sketch_condition(
+    picture: Image.Image, size: tuple[int, int], where: str = "the drawing"
+) -> tuple[Image.Image, bool]:
     """A drawing as a sketch condition.
 
     Most of a drawing is paper, so when most of the picture is bright it is ink on paper, and is inverted.
@@ -46,18 +43,30 @@ def sketch_condition(picture: Image.Image, size: tuple[int, int]) -> tuple[Image
     Args:
         picture: Any picture; it is fitted into the size, padded with its own paper.
         size: Pixels (height, width).
+        where: Its name, for messages.
 
     Returns:
         The condition, mode L, ink 255 on 0; and whether it was inverted.
+
+    Raises:
+        PowersteerError: It is too narrow for the size.
     """
-    grey = picture.convert("L")
-    inverted = _mean(grey) > 127
+    flat = on_paper(picture, paper_of(picture)) if picture.has_transparency_data else picture
+    grey = flat.convert("L")
+    inverted = bool(np.asarray(grey).mean() > 127)
     if inverted:
         grey = ImageOps.invert(grey)
+    return padded(grey, size, "black", where), inverted
+
+
+def padded(picture: Image.Image, size: tuple[int, int], colour: str, where: str) -> Image.Image:
+    """A picture fitted into a size (height, width), the rest of it in a colour.
+
+    Raises:
+        PowersteerError: It is so narrow that less than a pixel of it would be left.
+    """
     height, width = size
-    return ImageOps.pad(grey, (width, height), Image.Resampling.LANCZOS, color=0), inverted
-
-
-def _mean(grey: Image.Image) -> float:
-    counts = grey.histogram()
-    return sum(value * count for value, count in enumerate(counts)) / sum(counts)
+    share = min(width / picture.width, height / picture.height)
+    if share * min(picture.size) < 1:
+        raise PowersteerError(f"{where} is {picture.width}×{picture.height} pixels: too narrow to steer by, crop it")
+    return ImageOps.pad(picture, (width, height), Image.Resampling.LANCZOS, color=colour)

@@ -56,15 +56,11 @@ def open_picture(content: bytes, where: str, formats: Sequence[str] | None = Non
         raise PowersteerError(f"{where} has 16 bits a channel or more: save it with 8 bits a channel")
     upright = ImageOps.exif_transpose(image)
     profile = image.info.get("icc_profile")
-    alpha = upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
     if profile:
-        colours = _in_srgb(upright, profile, where)
-    else:
-        colours = upright.convert("L" if upright.mode in ("1", "L") and alpha is None else "RGB")
-    if alpha is not None:
-        colours = colours.convert("RGB")
-        colours.putalpha(alpha)
-    return colours
+        return in_srgb(upright, profile, where)
+    if upright.has_transparency_data:
+        return upright.convert("RGBA")
+    return upright.convert("L" if upright.mode in ("1", "L") else "RGB")
 
 
 def decode_picture(content: bytes, where: str, formats: Sequence[str] | None = None) -> Image.Image:
@@ -108,22 +104,35 @@ def _is_deep(image: Image.Image, content: bytes) -> bool:
     return any(depth > 8 for depth in (bits if isinstance(bits, tuple) else (bits,)))
 
 
-def _in_srgb(image: Image.Image, profile: bytes, where: str) -> Image.Image:
-    """Its colours, RGB or L, by its colour profile."""
-    mode = {"1": "L", "LA": "L", "La": "L", "P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGB", "RGBX": "RGB"}
-    given = image.convert(mode.get(image.mode, image.mode))
+def in_srgb(image: Image.Image, profile: bytes, where: str) -> Image.Image:
+    """A picture whose colours its profile tells: L, RGB, or RGBA where it has transparency, in sRGB.
+
+    Args:
+        image: Any 8-bit mode.
+        profile: ICC.
+        where: Its name, for messages.
+
+    Raises:
+        PowersteerError: The profile cannot be read, or is of another kind of picture.
+    """
+    is_grey = image.mode in ("1", "L", "LA", "La")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    given = image if image.mode == "CMYK" else image.convert("L" if is_grey else "RGB")
     try:
         source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "srgb" in ImageCms.getProfileDescription(source).lower() and given.mode != "CMYK":
-            return given.convert("L" if given.mode == "L" else "RGB")
-        if source.profile.xcolor_space.strip() == "GRAY" and given.mode != "L":
-            given = given.convert("L")
-        if source.profile.xcolor_space.strip() == "RGB" and given.mode == "L":
-            given = given.convert("RGB")
-        made = ImageCms.profileToProfile(given, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        if given.mode != "CMYK" and "srgb" in ImageCms.getProfileDescription(source).lower():
+            made = given
+        else:
+            space = source.profile.xcolor_space.strip()
+            given = given.convert({"GRAY": "L", "RGB": "RGB"}.get(space, given.mode)) if given.mode != "CMYK" else given
+            made = ImageCms.profileToProfile(given, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except Exception as error:  # littlecms, and Pillow's glue to it
         raise PowersteerError(
             f"{where} has a colour profile that cannot be used ({reason_of(error)}): save it in sRGB, or without one"
         ) from None
     assert made is not None
-    return made.convert("L") if image.mode in ("1", "L", "LA", "La") else made
+    made = made.convert("RGB" if alpha is not None or not is_grey else "L")
+    if alpha is not None:
+        made.putalpha(alpha)
+    made.info.pop("icc_profile", None)
+    return made

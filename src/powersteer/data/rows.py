@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from powersteer.conditions.kinds import FEATURE_SUFFIX
-from powersteer.conditions.tensors import NO_STRUCTURE, read_features
+from powersteer.conditions.layers import as_condition, on_paper
+from powersteer.conditions.tensors import read_features
+from powersteer.core.files import reason_of
+from powersteer.core.images import open_picture
 from powersteer.errors import PowersteerError
 
 
@@ -37,8 +39,8 @@ class Picture:
         """
         try:
             return self.read()
-        except OSError as error:
-            raise PowersteerError(f"{self} cannot be read: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            raise PowersteerError(f"{self} cannot be read: {reason_of(error)}") from None
 
     @property
     def is_features(self) -> bool:
@@ -51,34 +53,34 @@ class Picture:
             raise PowersteerError(f"{self} is no {FEATURE_SUFFIX}: conditioning_kind=feature reads feature maps")
         return read_features(self.content(), str(self))
 
-    def open(self, mode: str, paper: str | None = None) -> Image.Image:
-        """The decoded picture, upright.
-
-        Args:
-            mode: ``L``, ``RGB``, or ``RGBA``, which must have an alpha channel.
-            paper: What shows through where it is transparent; white in RGB and nothing (0) in grey by default.
+    def picture(self) -> Image.Image:
+        """The picture as RGB, upright and in sRGB, what is transparent on white.
 
         Raises:
-            PowersteerError: It is no readable picture, or has more than 8 bits a channel.
+            PowersteerError: It is no readable picture; see `powersteer.core.images.open_picture`.
         """
+        return on_paper(self._decoded())
+
+    def condition(self, channels: int, kind: str | None) -> Image.Image:
+        """The picture as a condition: mode L, RGB or RGBA; see `powersteer.conditions.layers.as_condition`.
+
+        Args:
+            channels: 1, 3 or 4.
+            kind: Of the condition.
+
+        Raises:
+            PowersteerError: It is no readable picture, or (4 channels) has no alpha channel.
+        """
+        return as_condition(self._decoded(), channels, kind, str(self))
+
+    def _decoded(self) -> Image.Image:
         if self.is_features:
             raise PowersteerError(f"{self} is a feature map: give conditioning_kind=feature and conditioning_channels")
-        content = self.content()
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                upright = ImageOps.exif_transpose(image)
-                upright.load()
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError):
-            raise PowersteerError(f"{self} is not a readable picture") from None
-        if upright.mode.startswith(("I", "F")):
-            raise PowersteerError(f"{self} has {upright.mode} pixels: save it with 8 bits a channel")
-        if mode == "RGBA" and not upright.has_transparency_data:
-            raise PowersteerError(f"{self} {NO_STRUCTURE}")
-        if mode == "RGBA" or not upright.has_transparency_data:
-            return upright.convert(mode)
-        layers = upright.convert("RGBA")
-        ground = Image.new("RGBA", layers.size, paper or ("white" if mode == "RGB" else "black"))
-        return Image.alpha_composite(ground, layers).convert(mode)
+        return open_picture(self.content(), str(self))
+
+    def open(self, mode: str, paper: str | None = None) -> Image.Image:
+        """Superseded."""
+        return self.picture() if mode == "RGB" and paper is None else self.condition(len(mode), "sketch")
 
     def __str__(self) -> str:
         return f"'{self.name}' (column {self.column})"
