@@ -213,7 +213,7 @@ def test_bad_generate_input_is_one_line_each(run, tmp_path, base_dir, adapter_di
     Image.new("L", (3, 3)).save(tiny)
     Image.new("I;16", (64, 64)).save(deep)
     (tmp_path / "empty").mkdir()
-    one_line(generate(condition=tmp_path / "none.png"), "none.png does not exist")
+    one_line(generate(condition=tmp_path / "none.png"), "none.png cannot be read: it does not exist")
     one_line(generate(condition=broken), "broken.png is not a readable picture")
     one_line(generate(condition=tiny), "tiny.png is 3×3 pixels: too small")
     one_line(generate(condition=deep), "save it with 8 bits a channel")

@@ -96,11 +96,11 @@ def write_faults(folder):
     Image.fromarray(np.full((16, 16), 40000, dtype=np.uint16)).save(folder / "deep.png")
     noise(size=(4, 4)).save(folder / "tiny.png")
     return {
-        "text.jpg": "no picture that can be read",
-        "cut.jpg": "not a whole picture",
+        "text.jpg": "of no known format",
+        "cut.jpg": "truncated",
         "deep.png": "16 bits a channel",
         "tiny.png": "4×4 pixels: too small",
-        "none.jpg": "No such file",
+        "none.jpg": "does not exist",
     }
 
 

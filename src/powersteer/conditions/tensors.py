@@ -46,9 +46,7 @@ def to_condition(
             out of bounds.
     """
     if not isinstance(condition, torch.Tensor):
-        given = (
-            [condition] if isinstance(condition, (Image.Image, np.ndarray)) or not _is_list(condition) else condition
-        )
+        given: Any = condition if _is_list(condition) else [condition]
         arrays = [_values(one, channels, kind) for one in given]
         if len({array.shape for array in arrays}) != 1:
             raise PowersteerError("conditions must be one or more pictures of one size")

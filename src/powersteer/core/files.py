@@ -16,7 +16,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise PowersteerError(f"{path} does not exist") from None
+        raise PowersteerError(f"{path} cannot be read: it does not exist") from None
     except (OSError, ValueError) as error:  # ValueError: NUL in its name
         raise PowersteerError(f"{path} cannot be read: {reason_of(error)}") from None
 

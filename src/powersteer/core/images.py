@@ -51,7 +51,11 @@ def open_picture(content: bytes, where: str, formats: Sequence[str] | None = Non
         PowersteerError: It is no readable picture, is cut short, has too many pixels, more than 8 bits a channel, or a
             colour profile that cannot be read.
     """
-    image = decode_picture(content, where, formats)
+    return normalised(decode_picture(content, where, formats), content, where)
+
+
+def normalised(image: Image.Image, content: bytes, where: str) -> Image.Image:
+    """What `open_picture` returns, of a picture that `decode_picture` gave."""
     if _is_deep(image, content):
         raise PowersteerError(f"{where} has 16 bits a channel or more: save it with 8 bits a channel")
     upright = ImageOps.exif_transpose(image)

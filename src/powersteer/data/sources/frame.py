@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from powersteer.conditions.extractor import Box
-from powersteer.conditions.sketch import MIN_SIDE
-from powersteer.data.sources.base import read_bytes, rgb
+from powersteer.conditions.layers import on_paper
+from powersteer.conditions.sketch import MIN_SIDE, sketch_condition
+from powersteer.core.files import read_bytes
+from powersteer.core.images import decode_picture, normalised, open_picture
 from powersteer.errors import PowersteerError
 
 _ORIENTATION = 0x0112
-_PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_DEPTH = 24
-"""Offset of the bit depth in a PNG."""
 
 _Point = tuple[float, float]
 # EXIF orientation → the turn of an array (rows, columns), and of a point (x, y) in a picture w×h, that make it upright.
@@ -91,18 +89,16 @@ def open_frame(path: Path, background: str) -> Frame:
         PowersteerError: It is no readable picture, is cut short, is tiny, or has more than 8 bits a channel.
     """
     content = read_bytes(path)
-    image = _decode(path, content)
-    orientation = image.getexif().get(_ORIENTATION, 1)
-    upright = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")) or (content.startswith(_PNG) and content[_PNG_DEPTH] == 16):
-        raise PowersteerError(f"{path} has 16 bits a channel or more: save it with 8")
+    image = decode_picture(content, str(path))
+    picture = normalised(image, content, str(path))
     if min(image.size) < MIN_SIDE:
         raise PowersteerError(f"{path} is {image.width}×{image.height} pixels: too small to learn from")
+    orientation = image.getexif().get(_ORIENTATION, 1)
     plain = orientation not in _TURNS and image.mode in ("RGB", "L") and not image.has_transparency_data
     suffix = {"JPEG": ".jpg", "WEBP": ".webp"}.get(image.format or "", ".png")
     if image.format not in ("JPEG", "PNG", "WEBP"):
         plain = False  # training reads the others too, other tools do not
-    return Frame(rgb(upright, background), content if plain else None, suffix, image.size, orientation)
+    return Frame(on_paper(picture, background), content if plain else None, suffix, image.size, orientation)
 
 
 def open_index(path: Path) -> npt.NDArray[np.int64]:
@@ -111,8 +107,8 @@ def open_index(path: Path) -> npt.NDArray[np.int64]:
     Raises:
         PowersteerError: It is no readable picture, or has several channels.
     """
-    image = _decode(path, read_bytes(path))
-    if image.mode not in ("1", "L", "P", "I", "I;16"):
+    image = decode_picture(read_bytes(path), str(path))
+    if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
         raise PowersteerError(f"{path} has mode {image.mode}: a label map has one channel, of class numbers")
     return np.asarray(image).astype(np.int64)
 
@@ -123,17 +119,5 @@ def open_drawing(path: Path) -> Image.Image:
     Raises:
         PowersteerError: It is no readable picture.
     """
-    grey = open_frame(path, "white").picture.convert("L")
-    mean = np.asarray(grey).mean()
-    return ImageOps.invert(grey) if mean > 127 else grey  # most of a drawing is paper
-
-
-def _decode(path: Path, content: bytes) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(content))
-        image.load()
-    except UnidentifiedImageError:
-        raise PowersteerError(f"{path} is no picture that can be read") from None
-    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise PowersteerError(f"{path} is not a whole picture ({error})") from None
-    return image
+    layers = open_picture(read_bytes(path), str(path))
+    return sketch_condition(layers, (layers.height, layers.width), str(path))[0]
