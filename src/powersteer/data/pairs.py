@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from powersteer.conditions.kinds import FEATURE, LABEL_MAPS
-from powersteer.conditions.tensors import PIL_MODES, resized
+from powersteer.conditions.layers import PIL_MODES
+from powersteer.conditions.tensors import resized
 from powersteer.data.contents import Contents
 from powersteer.data.layouts import Columns, read_rows
 from powersteer.data.rows import Row
@@ -66,8 +67,8 @@ class Transform:
         self.channels, self.vae_scale_factor = conditioning_channels, vae_scale_factor
         self.mode = None if kind == FEATURE else PIL_MODES[conditioning_channels]
         """None for feature maps."""
+        self.kind = kind
         self.resampling = Image.Resampling.NEAREST if kind in LABEL_MAPS else Image.Resampling.LANCZOS
-        self.paper = "black" if kind in LABEL_MAPS else None  # what has no colour has no label
 
     def __call__(
         self, row: Row, size: Size, view: tuple[float, float, float, bool] = (1.0, 0.5, 0.5, False)
@@ -79,13 +80,13 @@ class Transform:
         Raises:
             PowersteerError: A picture cannot be read, or condition and picture differ in aspect ratio.
         """
-        picture = row.image.open("RGB")
+        picture = row.image.picture()
         if self.mode is None:
             features = self._features(row, picture.size, size)
             image = _cut(picture, size, view, Image.Resampling.LANCZOS).float() / 127.5 - 1
             mirrored = view[3]
             return image, torch.from_numpy(features[..., ::-1].copy() if mirrored else features)
-        condition = row.conditioning_image.open(self.mode, self.paper)
+        condition = row.conditioning_image.condition(self.channels, self.kind)
         if not same_aspect(picture.size, condition.size):
             raise PowersteerError(
                 f"{row.where}: {row.conditioning_image} is {condition.width}×{condition.height} pixels, its picture "
