@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,13 +14,13 @@ from weakref import WeakKeyDictionary
 import torch
 import torch._dynamo.config
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from powersteer.conditions import to_condition
 from powersteer.conditions.kinds import BLIND
-from powersteer.errors import PowersteerError
+from powersteer.conditions.tensors import Condition
+from powersteer.errors import PowersteerError, PowersteerWarning
 from powersteer.fingerprint import describe, differences, fingerprint
 from powersteer.model import BPSModel
 from powersteer.plan import Residuals, SteeringPlan, digest, plan_of, weights_digest
@@ -27,7 +28,6 @@ from powersteer.plan import Residuals, SteeringPlan, digest, plan_of, weights_di
 # A U-Net compiled before a block would else run without the block's hooks, and say nothing.
 torch._dynamo.config.skip_nnmodule_hook_guards = False
 
-Condition = torch.Tensor | Image.Image | Sequence[Image.Image]
 Plan = SteeringPlan | Literal["auto"] | None
 Layers = Callable[[Any], Iterable[tuple[int, nn.Module]]]
 
@@ -58,10 +58,10 @@ def steer(
     Args:
         pipe: A diffusers pipeline, or a bare U-Net.
         model: The steering network, made for this U-Net.
-        condition: PIL picture(s), or a tensor (N, C, H, W) in [0, 1], or in the range that the network's config tells.
-            In a pipeline, N is 1, the number of prompts (each prompt's images share its condition) or the number of
-            images. On a bare U-Net, N is 1, the batch, or half of it (the two halves of classifier-free guidance, the
-            unconditional one first).
+        condition: PIL picture(s), arrays (H, W) or (H, W, C), or a tensor (N, C, H, W) in [0, 1], or in the range that
+            the network's config tells; see `powersteer.conditions.to_condition`. In a pipeline, N is 1, the number of
+            prompts (each prompt's images share its condition) or the number of images. On a bare U-Net, N is 1, the
+            batch, or half of it (the two halves of classifier-free guidance, the unconditional one first).
         scale: Strength of the steering; 0 is the prior.
         start: Where steering sets in, as a share of the way from noise (0) to picture (1), by the timestep.
         end: Where it ends.
@@ -90,6 +90,8 @@ def steer(
     for network, picture, *span in zip(models, conditions, *spans, strict=True):
         check_fits(network, pipe, strict_base=strict_base)
         sources.append(_Source.of(network, picture, *span, plan=plan))
+    if steering_guidance_scale is not None and not math.isfinite(steering_guidance_scale):
+        raise PowersteerError(f"steering_guidance_scale must be a finite number, not {steering_guidance_scale}")
     bridge = _Bridge(sources, pipeline, steer_unconditional, steering_guidance_scale)
     others = _active.setdefault(unet, [])
     if others and any(b.steering_guidance_scale is not None for b in (bridge, *others)):
@@ -172,16 +174,18 @@ class _Source:
 
     @classmethod
     def of(cls, model: BPSModel, picture: Any, scale: float, start: float, end: float, *, plan: Plan) -> _Source:
+        if not math.isfinite(scale):
+            raise PowersteerError(f"scale must be a finite number, not {scale}")
         if not 0 <= start <= end <= 1:
             raise PowersteerError(f"start and end must satisfy 0 ≤ start ≤ end ≤ 1, not {start:g} and {end:g}")
         said = model.config["conditioning"] or {}
-        bounds = said.get("range", (0, 1))
-        condition = to_condition(picture, model.config["conditioning_channels"], bounds).to(next(model.parameters()))
+        bounds, kind = said.get("range", (0, 1)), said.get("kind")
+        checked = to_condition(picture, model.config["conditioning_channels"], bounds, kind)
+        condition = checked.to(next(model.parameters()))
         if said.get(BLIND):
             condition = torch.zeros_like(condition)
-        ink = condition.mean().item()
-        if said.get("kind") == "sketch" and ink > 0.5:
-            warnings.warn(f"{ink:.0%} of the sketch is ink, which is 1 on 0: is it inverted?", stacklevel=4)
+        # Training leaves conditions out on purpose; a blind network is shown none.
+        _warn_of(checked, kind, may_be_blank=model.training or bool(said.get(BLIND)))
         kept = plan_of(model) if isinstance(plan, str) else plan
         return cls(model, condition, scale, start, end, kept)
 
@@ -376,6 +380,21 @@ def _unet_of(pipe: Any) -> tuple[Any, Any | None]:
             f"{type(pipe).__name__} has no UNet2DConditionModel to steer: give a Stable Diffusion pipeline or its U-Net"
         )
     return unet, pipe if isinstance(pipe, DiffusionPipeline) else None
+
+
+def _warn_of(condition: torch.Tensor, kind: str | None, *, may_be_blank: bool) -> None:
+    """Say what is probably not meant."""
+    flat = condition.flatten(1)
+    blank = (flat.amin(1) == flat.amax(1)).sum().item()
+    ink = condition.mean().item()
+    told = None
+    if blank and not may_be_blank:
+        of_several = f"{blank} of {len(condition)} conditions are" if len(condition) > 1 else "the condition is"
+        told = f"{of_several} blank, one value all over: is the drawing lost, dark on black or transparent?"
+    elif kind == "sketch" and ink > 0.5:
+        told = f"{ink:.0%} of the sketch is ink, which is 1 on 0: is it inverted?"
+    if told is not None:
+        warnings.warn(told, PowersteerWarning, stacklevel=5)
 
 
 def _spread(value: float | Sequence[float], count: int, name: str) -> list[float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -74,11 +73,9 @@ def decode_picture(content: bytes, where: str, formats: Sequence[str] | None = N
         PowersteerError: It is no readable picture, is cut short, or has too many pixels.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of profiles, palettes and sizes: what matters is refused in words
-            image = Image.open(io.BytesIO(content), formats=tuple(formats or picture_formats()))
-            image.load()
-            image.getexif()
+        image = Image.open(io.BytesIO(content), formats=tuple(formats or picture_formats()))
+        image.load()
+        image.getexif()
     except Exception as error:  # Pillow's decoders raise whatever they meet
         raise PowersteerError(_told(content, where, error)) from None
     return image
