@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import zlib
 from collections import defaultdict
@@ -17,16 +15,29 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 
+from powersteer.core.console import PlainColumn, PlainConsole, printable
+from powersteer.core.files import reason_of
+from powersteer.data.cache import (
+    LOCKS,
+    fault_of,
+    key_of,
+    module_digest,
+    settings_digest,
+    sweep,
+    tokenizer_digest,
+    write_tensors,
+)
 from powersteer.data.contents import Contents
 from powersteer.data.order import Share, batches
 from powersteer.data.pairs import Pairs
 from powersteer.errors import PowersteerError
 
+CONTENTS = "contents.json"
+"""Of a cache: what is known of pictures; see `Contents`."""
 SHARD = 256
 """Pairs, or captions, in one file of the cache."""
 ENCODE_BATCH = 16
@@ -58,11 +69,25 @@ class Encoder:
 
     Args:
         pipe: The base, a Stable Diffusion pipeline (1.x, 2.x or XL).
+
+    Raises:
+        PowersteerError: Its VAE shifts its latents, as no such pipeline's does.
     """
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
+        settings = pipe.vae.config
+        shifts = [key for key in ("shift_factor", "latents_mean", "latents_std") if settings.get(key) is not None]
+        if shifts:
+            raise PowersteerError(f"the base's VAE has a {shifts[0]}, which is not supported: give another base")
         self.text_encoders = [e for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if e is not None]
+
+    @property
+    def text_digest(self) -> list[str]:
+        """Of all that makes text states of text: the pipeline's kind, tokenizers, encoders."""
+        tokenizers = [t for t in (self.pipe.tokenizer, getattr(self.pipe, "tokenizer_2", None)) if t is not None]
+        digests = [*map(tokenizer_digest, tokenizers), *map(module_digest, self.text_encoders)]
+        return [type(self.pipe).__name__, settings_digest(self.pipe.config), *digests]
 
     @torch.no_grad()
     def latents(self, images: torch.Tensor) -> torch.Tensor:
@@ -155,23 +180,36 @@ class EncodedPairs(Dataset[Sample]):
         return {name: torch.stack([row[name] for row in rows]).float() for name in rows[0]}
 
     def _cached(self, file: Path, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        shard = self._file(file)
-        latents = shard.get_slice("latents")[row].float()
-        start, end = shard.get_slice("offsets")[row : row + 2].tolist()
-        packed = shard.get_slice("conditions")[start:end].numpy()
-        height, width, channels = shard.get_slice("shape")[:].tolist()
-        content = zlib.decompress(packed)
-        dtype = _CONDITION_DTYPES[len(content) // (channels * height * width)]
-        return latents, torch.from_numpy(np.frombuffer(content, dtype).reshape(channels, height, width).copy())
+        try:
+            shard = self._file(file)
+            latents = shard.get_slice("latents")[row].float()
+            start, end = shard.get_slice("offsets")[row : row + 2].tolist()
+            packed = shard.get_slice("conditions")[start:end].numpy()
+            height, width, channels = shard.get_slice("shape")[:].tolist()
+            content = zlib.decompress(packed)
+            dtype = _CONDITION_DTYPES[len(content) // (channels * height * width)]
+            return latents, torch.from_numpy(np.frombuffer(content, dtype).reshape(channels, height, width).copy())
+        except Exception as error:  # what is damaged while a run reads it
+            raise _changed_meanwhile(file, error) from None
 
     def _row(self, file: Path, row: int) -> dict[str, torch.Tensor]:
-        shard = self._file(file)
-        return {name: shard.get_slice(name)[row] for name in shard.keys()}  # noqa: SIM118
+        try:
+            shard = self._file(file)
+            return {name: shard.get_slice(name)[row] for name in shard.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise _changed_meanwhile(file, error) from None
 
     def _file(self, file: Path) -> Any:
         if file not in self._open:
             self._open[file] = safe_open(file, "pt")
         return self._open[file]
+
+
+def _changed_meanwhile(file: Path, error: Exception) -> PowersteerError:
+    return PowersteerError(
+        f"the cache file {file} was whole when the run began and cannot be read any more ({reason_of(error)}): give "
+        "the same command again, and it is made anew"
+    )
 
 
 def one_line_errors(loader: Iterable[list[Sample]]) -> Iterator[list[Sample]]:
@@ -210,11 +248,14 @@ def encode_pairs(
     prompts: Iterable[str] = (),
     dtype: torch.dtype = torch.float32,
     console: Console | None = None,
+    contents: Contents | None = None,
 ) -> EncodedPairs:
     """Encode every pair, or find it in the cache; without a cache, pairs are encoded whenever they are asked for.
 
     A file of the cache is named after what it depends on: the pictures' bytes, size and views, or the captions; the
-    weights that encoded them; the precision. Several processes share one cache, each encodes what no other is at.
+    weights and configurations that encoded them, tokenizers included; the precision. Every file carries a digest and is
+    read once, from end to end, before it is used (a second a gigabyte or two); a damaged one is made again. Several
+    processes share one cache, each encodes what no other is at.
 
     Args:
         pipe: The base.
@@ -223,6 +264,7 @@ def encode_pairs(
         prompts: Captions to encode beside the pairs' own.
         dtype: Of the cached latents and text states.
         console: Where the cache's size is told, before and after.
+        contents: What is known of the pictures; by default, what the cache remembers.
 
     Raises:
         PowersteerError: A picture cannot be read, or the cache cannot be written or would not fit on its disk.
@@ -230,10 +272,11 @@ def encode_pairs(
     encoder = Encoder(pipe)
     if cache_dir is None:
         return EncodedPairs(pairs, encoder)
+    contents = contents or Contents(cache_dir / CONTENTS)
     try:
-        return _encode(encoder, pairs, cache_dir, prompts, dtype, console or Console(quiet=True))
+        return _encode(encoder, pairs, cache_dir, prompts, dtype, console or PlainConsole(quiet=True), contents)
     except OSError as error:
-        raise PowersteerError(f"cannot write the cache {cache_dir}: {error.strerror}") from None
+        raise PowersteerError(f"cannot write the cache {cache_dir}: {reason_of(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -249,45 +292,38 @@ class _Job:
 
 
 def _encode(
-    encoder: Encoder, pairs: Pairs, cache_dir: Path, prompts: Iterable[str], dtype: torch.dtype, console: Console
+    encoder: Encoder,
+    pairs: Pairs,
+    cache_dir: Path,
+    prompts: Iterable[str],
+    dtype: torch.dtype,
+    console: Console,
+    contents: Contents,
 ) -> EncodedPairs:
-    (cache_dir / "locks").mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / "locks" / "contents"):
-        contents = Contents(cache_dir / "contents.json")
-        digests = [contents.digest(row.image) + contents.digest(row.conditioning_image) for row in pairs.rows]
-        contents.save()
-    vae, latent_channels = encoder.pipe.vae, encoder.pipe.vae.config.latent_channels
-    factor = encoder.pipe.vae_scale_factor
+    (cache_dir / LOCKS).mkdir(parents=True, exist_ok=True)
+    sweep(cache_dir)
     jobs: list[_Job] = []
     shards: dict[tuple[int, int], tuple[Path, int]] = {}
-    vae_digest, transform = _digest_of(vae), (pairs.transform.mode, pairs.transform.resampling, pairs.views)
-    by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, size in enumerate(pairs.sizes):
-        by_size[size].append(i)
-    for size, indices in by_size.items():
-        for part in _chunks(indices, SHARD):
-            places = part if len(pairs.views) > 2 else []  # crops depend on the place
-            key = _key(vae_digest, dtype, size, transform, places, [digests[i] for i in part])
-            file = cache_dir / f"latents-{key}.safetensors"
-            samples = [(i, view) for i in part for view in range(len(pairs.views))]
-            shards |= {sample: (file, row) for row, sample in enumerate(samples)}
-            pixels = size[0] * size[1]
-            nbytes = latent_channels * pixels // factor**2 * dtype.itemsize + pairs.transform.condition_bytes(size)
-            jobs.append(_Job(file, len(samples), nbytes * len(samples), _latents(encoder, pairs, samples, dtype)))
+    for key, samples, size in _picture_files(encoder, pairs, dtype, contents):
+        file = cache_dir / f"latents-{key}.safetensors"
+        shards |= {sample: (file, row) for row, sample in enumerate(samples)}
+        pixels, factor = size[0] * size[1], encoder.pipe.vae_scale_factor
+        nbytes = encoder.pipe.vae.config.latent_channels * pixels // factor**2 * dtype.itemsize
+        nbytes += pairs.transform.condition_bytes(size)
+        jobs.append(_Job(file, len(samples), nbytes * len(samples), _latents(encoder, pairs, samples, dtype)))
     captions: dict[str, tuple[Path, int]] = {}
-    text_digest = "".join(_digest_of(text_encoder) for text_encoder in encoder.text_encoders)
     own = {text for row in pairs.rows for text in (*row.texts, row.generated_text) if text is not None}
     length = encoder.pipe.tokenizer.model_max_length * encoder.pipe.unet.config.cross_attention_dim
+    encoders = encoder.text_digest
     for part in _chunks(sorted({"", *own, *prompts}), SHARD):
-        file = cache_dir / f"text-{_key(text_digest, dtype, part)}.safetensors"
+        file = cache_dir / f"text-{key_of(encoders, dtype, part)}.safetensors"
         captions |= {text: (file, row) for row, text in enumerate(part)}
         jobs.append(_Job(file, len(part), len(part) * length * dtype.itemsize, _texts(encoder, part, dtype)))
 
-    missing = [job for job in jobs if not _whole(job.file)]
+    missing = _missing(jobs, console)
     if missing:
         needed, free = sum(job.nbytes for job in missing), shutil.disk_usage(cache_dir).free
-        about = f"about {needed / 1e6:.0f} MB, {free / 1e9:.1f} GB free"
-        console.print(f"encoding into {cache_dir}: {about}", soft_wrap=True, highlight=False)
+        _tell(console, f"encoding into {cache_dir}: about {needed / 1e6:.0f} MB, {free / 1e9:.1f} GB free")
         if needed > free:
             raise PowersteerError(
                 f"the cache {cache_dir} needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: give another "
@@ -295,29 +331,57 @@ def _encode(
             )
         _work_off(missing, cache_dir, console)
         size = sum(job.file.stat().st_size for job in jobs)
-        holds = f"{len(shards):,} pictures, {len(captions):,} captions"
-        console.print(f"the cache has {size / 1e6:.0f} MB: {holds}", highlight=False)
+        _tell(console, f"the cache has {size / 1e6:.0f} MB: {len(shards):,} pictures, {len(captions):,} captions")
     return EncodedPairs(pairs, encoder, shards, captions)
+
+
+def _picture_files(
+    encoder: Encoder, pairs: Pairs, dtype: torch.dtype, contents: Contents
+) -> Iterator[tuple[str, list[tuple[int, int]], tuple[int, int]]]:
+    """The key, samples and picture size of each file of pictures."""
+    digests = contents.digests(picture for row in pairs.rows for picture in (row.image, row.conditioning_image))
+    transform, vae_digest = sorted(vars(pairs.transform).items()), module_digest(encoder.pipe.vae)
+    by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, size in enumerate(pairs.sizes):
+        by_size[size].append(i)
+    for size, indices in by_size.items():
+        for part in _chunks(indices, SHARD):
+            places = part if len(pairs.views) > 2 else []  # crops depend on the place
+            both = [digests[2 * i : 2 * i + 2] for i in part]
+            samples = [(i, view) for i in part for view in range(len(pairs.views))]
+            yield key_of(vae_digest, dtype, size, transform, pairs.views, places, both), samples, size
+
+
+def _missing(jobs: list[_Job], console: Console) -> list[_Job]:
+    """The files that are not there, or damaged."""
+    missing: list[_Job] = []
+    for job in jobs:
+        fault = fault_of(job.file)
+        if fault is not None:
+            missing.append(job)
+            if job.file.exists():
+                _tell(console, f"the cache file {job.file} is damaged ({fault}): it is made again")
+    return missing
+
+
+def _tell(console: Console, line: str) -> None:
+    console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def _work_off(jobs: list[_Job], cache_dir: Path, console: Console) -> None:
     """Make every file that is missing; what another process is at is waited for last."""
-    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = (PlainColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*bar, console=console, transient=True) as progress:
         task = progress.add_task("encoding", total=sum(job.work for job in jobs))
         for timeout in (0, -1):
             for job in jobs:
                 try:
-                    with FileLock(cache_dir / "locks" / job.file.stem, timeout=timeout):
-                        if not _whole(job.file):
-                            partial = job.file.with_suffix(".partial")
-                            save_file(job.make(), partial)
-                            partial.replace(job.file)
+                    with FileLock(cache_dir / LOCKS / job.file.stem, timeout=timeout):
+                        if fault_of(job.file) is not None:
+                            write_tensors(job.file, job.make())
                             progress.advance(task, job.work)
                 except Timeout:
                     continue
-                except SafetensorError as error:
-                    raise PowersteerError(f"cannot write the cache {job.file}: {error}") from None
 
 
 def _latents(
@@ -349,27 +413,3 @@ def _texts(encoder: Encoder, texts: Sequence[str], dtype: torch.dtype) -> Callab
 
 def _chunks(items: list[T], size: int) -> list[list[T]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _whole(file: Path) -> bool:
-    """Whether a file of the cache is there and was not cut short; one that was is removed."""
-    if not file.exists():
-        return False
-    try:
-        with safe_open(file, "pt"):
-            return True
-    except SafetensorError:
-        file.unlink(missing_ok=True)
-        return False
-
-
-def _key(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
-
-
-def _digest_of(module: torch.nn.Module) -> str:
-    """Of a module's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:24]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -67,6 +68,13 @@ _BPS_KEYS = (
     "ablation",
     "dropout",
 )
+NETWORK_KEYS = ("network", "weights", "trainable_weights", "hidden_channels", "up_channels", "ablation", "dropout")
+"""What shapes a new network; with ``init_from``, the adapter's own shape holds."""
+
+MAX_UPDATES = 10**9
+Weight = Annotated[float, Field(ge=-1e4, le=1e4)]
+Width = Annotated[int, Field(gt=0, le=65536)]
+Side = Annotated[int, Field(gt=0, le=65536)]
 
 
 class TrainConfig(StrictConfig):
@@ -82,21 +90,21 @@ class TrainConfig(StrictConfig):
     network: Literal["paper", "lite", "controlnet", "controlnet-xs", "t2i-adapter"] = "paper"
     """Shape of the steering network: the paper's, or ``lite`` with a thirteenth of its parameters; or another control
     network to compare with."""
-    weights: Literal["head-heavy", "uniform"] | tuple[float, ...] = "head-heavy"
+    weights: Literal["head-heavy", "uniform"] | tuple[Weight, ...] = "head-heavy"
     """Integration weights of the steering; or one number for each level of CP, then TP's, then EP's."""
     trainable_weights: bool = False
     """Train the integration weights, one for each residual."""
     port_learning_rates: Literal["same", "head-heavy"] = "same"
     """Of the output convolutions: ``head-heavy`` multiplies each one's rate by what its weight would be. AdamW's step
     does not depend on the gradient's scale, so that a weight of 16 acts as a 16-fold rate too."""
-    hidden_channels: tuple[int, ...] | None = None
+    hidden_channels: tuple[Width, ...] | None = None
     """Width of CP and TP at each level, instead of the shape's own."""
-    up_channels: tuple[int, ...] | None = None
+    up_channels: tuple[Width, ...] | None = None
     """Width of EP at each level."""
     ablation: Literal["no-time", "added-once", "conditional-half", "no-latents", "blind"] | None = None
     """Leave something out of the method, ControlNet (``no-latents``), or the condition of any network (``blind``):
     `powersteer.ablations`."""
-    conditioning_channels: int | None = Field(default=None, gt=0)
+    conditioning_channels: int | None = Field(default=None, gt=0, le=65536)
     """1 (grey), 3 (RGB), 4 (RGBA: colour and structure), or a feature map's; by default what the data's
     ``dataset.json`` says, else 1."""
     conditioning_kind: str | None = None
@@ -118,14 +126,15 @@ class TrainConfig(StrictConfig):
     generated_caption_column: str = "generated_text"
     default_prompt: str | None = None
     """Caption of pairs that have none."""
-    max_train_samples: int | None = Field(default=None, gt=0)
-    resolution: int | tuple[int, int] | None = None
+    max_train_samples: int | None = Field(default=None, gt=0, le=MAX_UPDATES)
+    """Take only so many pairs, evenly spread."""
+    resolution: Side | tuple[Side, Side] | None = None
     """Pixels, or (height, width); the base's own by default."""
     aspect_ratio_buckets: bool = False
     """Train each picture at the size nearest in aspect ratio, of the area of ``resolution``."""
     random_flip: bool = False
     """Mirror half of the pairs."""
-    random_crops: int = Field(default=0, ge=0)
+    random_crops: int = Field(default=0, ge=0, le=10_000)
     """Cut each pair out at random in so many more ways."""
     smallest_crop: float = Field(default=0.8, gt=0, le=1)
     """Of a side. Cut-outs are enlarged: lines grow thicker, by a fourth at 0.8."""
@@ -133,7 +142,7 @@ class TrainConfig(StrictConfig):
     """Encode pictures and captions once."""
     cache_dir: Path | None = None
     """Where encoded pairs are kept; ``output_dir/cache`` when not given."""
-    dataloader_num_workers: int = Field(default=0, ge=0)
+    dataloader_num_workers: int = Field(default=0, ge=0, le=1024)
 
     proportion_empty_prompts: float = Field(default=0.1, ge=0, le=1)
     """For classifier-free guidance."""
@@ -145,54 +154,54 @@ class TrainConfig(StrictConfig):
     fixed_prompt: str = "a high-quality, detailed, and professional image"
 
     output_dir: Path
-    seed: int = 0
-    max_train_steps: int | None = Field(default=1500, gt=0)
-    """Optimizer updates."""
-    num_train_epochs: int | None = Field(default=None, gt=0)
-    """Instead of ``max_train_steps: null``."""
-    max_train_minutes: float | None = Field(default=None, gt=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    max_train_steps: int | None = Field(default=1500, gt=0, le=MAX_UPDATES)
+    """Optimizer updates. Of both, this decides; ``num_train_epochs`` given alone decides instead."""
+    num_train_epochs: int | None = Field(default=None, gt=0, le=MAX_UPDATES)
+    """Times that every pair comes."""
+    max_train_minutes: float | None = Field(default=None, gt=0, le=1e7)
     """Stop at this time, if it comes before ``max_train_steps``."""
-    train_batch_size: int = Field(default=16, gt=0)
+    train_batch_size: int = Field(default=16, gt=0, le=65536)
     """Samples a process and accumulation step."""
-    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    gradient_accumulation_steps: int = Field(default=1, gt=0, le=65536)
     gradient_checkpointing: bool = False
     """Half as fast again, in far less memory."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """``auto``: bf16 where the hardware multiplies it natively. The trained weights stay in float32."""
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0, le=100)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
-    lr_warmup_steps: int = Field(default=50, ge=0)
+    lr_warmup_steps: int = Field(default=50, ge=0, le=MAX_UPDATES)
     """Counted in optimizer updates."""
     use_8bit_adam: bool = False
     """AdamW of bitsandbytes, where it is installed and there is a GPU."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(default=1e-8, gt=0)
-    adam_weight_decay: float = Field(default=0.01, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    adam_epsilon: float = Field(default=1e-8, gt=0, le=1)
+    adam_weight_decay: float = Field(default=0.01, ge=0, le=1000)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e12)
     ema_decay: float | None = Field(default=0.998, ge=0, lt=1)
     """Of the weights' running average, which is what is validated and kept; null for none."""
     log_snr_share: float = Field(default=0.0, ge=0, le=1)
     """Of the timesteps, drawn evenly in log-SNR instead of in t: more of them see little noise, and so fine details."""
-    snr_gamma: float | None = Field(default=None, gt=0)
+    snr_gamma: float | None = Field(default=None, gt=0, le=1e12)
     """Min-SNR weighting of the loss; 5 is its authors' choice."""
 
     validation_data_dir: Path | None = None
     """Held-out pairs, on which the best weights are chosen; without any, the last weights are kept."""
     validation_split: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training pairs to hold out instead."""
-    max_validation_samples: int = Field(default=256, gt=0)
-    validation_steps: int = Field(default=100, gt=0)
-    validation_image_steps: int = Field(default=500, gt=0)
+    max_validation_samples: int = Field(default=256, gt=0, le=MAX_UPDATES)
+    validation_steps: int = Field(default=100, gt=0, le=MAX_UPDATES)
+    validation_image_steps: int = Field(default=500, gt=0, le=MAX_UPDATES)
     """Updates between pictures (condition, generated, target)."""
-    num_validation_images: int = Field(default=4, ge=0)
-    patience: int | None = Field(default=None, gt=0)
+    num_validation_images: int = Field(default=4, ge=0, le=1000)
+    patience: int | None = Field(default=None, gt=0, le=MAX_UPDATES)
     """Stop after so many validations without a better one."""
     refit: bool = False
     """At the end, train on the held-out share too, for as many updates as were best without it."""
 
-    checkpointing_steps: int = Field(default=500, gt=0)
-    checkpoints_total_limit: int = Field(default=2, gt=0)
+    checkpointing_steps: int = Field(default=500, gt=0, le=MAX_UPDATES)
+    checkpoints_total_limit: int = Field(default=2, gt=0, le=MAX_UPDATES)
     resume_from_checkpoint: str | None = "latest"
     """``latest`` goes on from the newest checkpoint in ``output_dir``, if there is one; ``latest-intact`` from the
     newest that is undamaged; ``checkpoint-<step>`` from that one."""
@@ -200,10 +209,16 @@ class TrainConfig(StrictConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset") in PRESETS:
-            return PRESETS[values["preset"]] | values
-        return values
+    def _fill_in(cls, values: Any) -> Any:
+        """The preset's keys, and of steps and epochs the one that is not given gives way, be it a default's."""
+        if not isinstance(values, dict):
+            return values
+        preset = values.get("preset")
+        filled = dict(PRESETS.get(preset, {})) if isinstance(preset, str) else {}
+        for given, other in (("num_train_epochs", "max_train_steps"), ("max_train_steps", "num_train_epochs")):
+            if values.get(given) is not None and other not in values:
+                filled[other] = None
+        return filled | values
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -213,7 +228,8 @@ class TrainConfig(StrictConfig):
     @field_validator("resume_from_checkpoint")
     @classmethod
     def _known_checkpoint(cls, value: str | None) -> str | None:
-        if value is not None and value not in ("latest", "latest-intact") and not value.startswith("checkpoint-"):
+        named = re.fullmatch(r"checkpoint-\d{1,12}", value or "", re.ASCII)
+        if value is not None and value not in ("latest", "latest-intact") and not named:
             raise ValueError("give latest, latest-intact or checkpoint-<step>")
         return value
 
@@ -228,6 +244,11 @@ class TrainConfig(StrictConfig):
             raise ValueError(f"{own[0]} is BPS's own: leave it out for network={self.network}")
         if (self.train_data_dir is None) == (self.dataset_name is None):
             raise ValueError("give either train_data_dir or dataset_name")
+        if self.dataset_name is None and self.asked("dataset_config_name", "dataset_split"):
+            raise ValueError(
+                "dataset_config_name and dataset_split are for dataset_name: train_data_dir is the folder of the pairs "
+                "to train on"
+            )
         if self.max_train_steps is None and self.num_train_epochs is None:
             raise ValueError("give max_train_steps or num_train_epochs")
         if self.validation_split and self.validation_data_dir is not None:
@@ -238,4 +259,32 @@ class TrainConfig(StrictConfig):
             raise ValueError("patience needs held-out pairs: give validation_data_dir or validation_split")
         if self.streaming and (self.validation_split or self.aspect_ratio_buckets or self.num_train_epochs):
             raise ValueError("streaming goes with neither validation_split, aspect_ratio_buckets nor num_train_epochs")
+        if self.streaming and self.max_train_samples:
+            raise ValueError("streaming takes all pairs of its shards: give fewer shards instead of max_train_samples")
+        for name, value in self:
+            if isinstance(value, str | Path) and "\0" in str(value):
+                raise ValueError(f"{name} holds NUL, which no name does")
         return self
+
+    def asked(self, *keys: str) -> list[str]:
+        """Those of ``keys`` whose values somebody gave: they are neither the default nor the preset's."""
+        preset = PRESETS.get(self.preset or "", {})
+        defaults = {key: type(self).model_fields[key].default for key in keys}
+        return [key for key in keys if getattr(self, key) not in (defaults[key], preset.get(key, defaults[key]))]
+
+    def idle(self) -> list[str]:
+        """What was asked for and has no effect beside the other settings, a line each."""
+        held_out = self.validation_split or self.validation_data_dir is not None
+        why = {
+            "num_train_epochs": self.max_train_steps is not None and f"max_train_steps={self.max_train_steps} decides",
+            "smallest_crop": not self.random_crops and "there are no cut-outs without random_crops",
+            "fixed_prompt": not self.prompt_mix and "it is part of prompt_mix",
+            "generated_caption_column": not self.prompt_mix and "generated captions are part of prompt_mix",
+            "lr_warmup_steps": self.lr_scheduler == "constant"
+            and "lr_scheduler=constant has no warm-up, constant_with_warmup has",
+            "cache_dir": not self.cache_latents and "nothing is cached with cache_latents=false",
+            "max_validation_samples": not held_out and "no pairs are held out",
+            "validation_image_steps": not self.num_validation_images and "num_validation_images=0 makes no pictures",
+        }
+        told = {key: reason for key, reason in why.items() if reason and getattr(self, key)}
+        return [f"{key}={getattr(self, key)} has no effect: {told[key]}" for key in self.asked(*told)]
