@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from powersteer.conditions.kinds import FEATURE, conditioning_record
 from powersteer.conditions.tensors import PIL_MODES
+from powersteer.core.files import reason_of
+from powersteer.core.text import parse_json
+from powersteer.data.splits import HELD_OUT as HELD_OUT
 from powersteer.errors import PowersteerError
 
 DATASET_FILE = "dataset.json"
-HELD_OUT = ("test", "validation", "val")
-"""Folders of a data set that hold what no training may see."""
 
 
 class _Said(BaseModel):
@@ -24,7 +24,7 @@ class _Said(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     kind: str | None = None
-    channels: int | None = Field(default=None, gt=0)
+    channels: int | None = Field(default=None, gt=0, le=65536)
     range: tuple[float, float] | None = None
 
 
@@ -83,17 +83,19 @@ def _find(source: str) -> tuple[str, dict[str, Any]]:
                 said = _parse(name, filesystem.cat_file(name))
                 if said is not None:
                     return name, said
-    except (OSError, ImportError, ValueError) as error:
-        raise PowersteerError(f"cannot look for {DATASET_FILE} beside {source}: {error}") from None
+    except PowersteerError:
+        raise
+    except Exception as error:  # fsspec's file systems raise what their clients do
+        raise PowersteerError(f"cannot look for {DATASET_FILE} beside {source}: {reason_of(error)}") from None
     return "", {}
 
 
 def _parse(where: str, content: bytes) -> dict[str, Any] | None:
     """What one says under ``conditioning``; None of one that is another program's."""
     try:
-        description: Any = json.loads(content)
-    except ValueError:
-        raise PowersteerError(f"{where} is not JSON: mend it, or remove it") from None
+        description = parse_json(content, where)
+    except PowersteerError as error:
+        raise PowersteerError(f"{error}: mend it, or remove it") from None
     if not isinstance(description, dict) or "conditioning" not in description:
         return None
     try:

@@ -203,7 +203,8 @@ def captioned(row: Row, default_prompt: str | None) -> Row:
     if row.texts:
         return row
     if default_prompt is None:
-        raise PowersteerError(f"{row.where} has no caption: write one, or give default_prompt='…' for all")
+        why = f" ({row.no_text})" if row.no_text else ""
+        raise PowersteerError(f"{row.where} has no caption{why}: write one, or give default_prompt='…' for all")
     return Row(row.where, row.image, row.conditioning_image, (default_prompt,), row.generated_text)
 
 
@@ -233,6 +234,11 @@ def same_aspect(one: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two sizes (width, height) have one aspect ratio, to `ASPECT_TOLERANCE` or a pixel."""
     width = one[0] * other[1] / one[1]
     return abs(width - other[0]) <= max(1, ASPECT_TOLERANCE * other[0])
+
+
+def condition_values(conditions: torch.Tensor) -> torch.Tensor:
+    """Conditions as a network reads them, float: pictures (uint8) in [0, 1], features as they are."""
+    return conditions.float() / 255 if conditions.dtype == torch.uint8 else conditions.float()
 
 
 def cropped(picture: Image.Image, size: Size) -> torch.Tensor:

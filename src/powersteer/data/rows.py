@@ -98,6 +98,8 @@ class Row:
     """Its own captions, if it has any."""
     generated_text: str | None = None
     """A caption that a model wrote, if it has one."""
+    no_text: str = ""
+    """Why it has no caption of its own, where its layout knows."""
 
     @property
     def text(self) -> str | None:

@@ -15,8 +15,18 @@ import fsspec
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from powersteer.core.files import reason_of
 from powersteer.data.encode import EncodedPairs, Encoder, Sample, TextStates, one_line_errors
-from powersteer.data.layouts import Columns, key_and_kind, shard_row
+from powersteer.data.layouts.base import Columns, is_hidden
+from powersteer.data.layouts.shards import (
+    SHARD_SUFFIX,
+    key_and_kind,
+    members_of,
+    open_shard,
+    parted,
+    shard_row,
+    unreadable,
+)
 from powersteer.data.order import Share
 from powersteer.data.pairs import Size, Transform, Views, captioned
 from powersteer.data.rows import Row
@@ -24,6 +34,8 @@ from powersteer.errors import PowersteerError
 
 SHUFFLE_BUFFER = 1000
 """Rows that wait, encoded, for their turn: a row comes at random out of so many."""
+MOST_SHARDS = 100_000
+"""That one range stands for."""
 
 
 def list_shards(pattern: str) -> list[str]:
@@ -39,14 +51,15 @@ def list_shards(pattern: str) -> list[str]:
     names = _expand(pattern)
     try:
         filesystem, _ = fsspec.core.url_to_fs(names[0])
-        if len(names) == 1 and not names[0].endswith(".tar"):
-            names = [f"{names[0].rstrip('/')}/*.tar"]
+        if len(names) == 1 and not names[0].endswith(SHARD_SUFFIX):
+            names = [f"{names[0].rstrip('/')}/*{SHARD_SUFFIX}"]
         found: list[str] = []
         for name in names:
             matches = sorted(filesystem.glob(name)) if "*" in name else [name]
             found += [str(filesystem.unstrip_protocol(match)) if "*" in name else match for match in matches]
-    except (OSError, ImportError, ValueError) as error:
-        raise PowersteerError(f"cannot list the shards {pattern}: {error}") from None
+    except Exception as error:  # fsspec's file systems raise what their clients do
+        raise PowersteerError(f"cannot list the shards {pattern}: {reason_of(error)}") from None
+    found = [name for name in found if not is_hidden(name.rpartition("/")[2])]
     if not found:
         raise PowersteerError(f"there are no shards {names[0]}")
     return found
@@ -58,14 +71,13 @@ def read_shard(shard: str, columns: Columns) -> Iterator[Row]:
     Raises:
         PowersteerError: It cannot be opened or read, or a row is malformed.
     """
-    try:
-        source: Any = fsspec.open(shard, "rb")
-        with source as file, tarfile.open(fileobj=file, mode="r|") as tar:
-            for key, group in groupby(_members(tar), key=_key):
-                parts = {key_and_kind(name)[1]: (name, partial(bytes, content)) for name, content in group}
-                yield shard_row(shard, key, parts, columns)
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise PowersteerError(f"cannot read the shard {shard}: {error}") from None
+    with _opened(shard) as file, open_shard(shard, stream=file) as tar:
+        keys: set[str] = set()
+        for key, group in groupby(_members(shard, tar), key=_key):
+            if key in keys:
+                raise parted(shard, key)
+            keys.add(key)
+            yield shard_row(shard, key, [(name, partial(bytes, content)) for name, content in group], columns)
 
 
 class StreamedPairs(IterableDataset[list[Sample]]):
@@ -156,16 +168,29 @@ class StreamedPairs(IterableDataset[list[Sample]]):
             round_ += 1
 
     def _sample(self, row: Row, view: int) -> Sample:
-        image, condition = self.transform(row, self.size, self.views.of(zlib.crc32(row.where.encode()), view))
+        image, condition = self.transform(
+            row, self.size, self.views.of(zlib.crc32(row.where.encode(errors="surrogateescape")), view)
+        )
         return Sample(row.where, image, condition, row.texts, row.generated_text)
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
+def _opened(shard: str) -> Any:
+    try:
+        source: Any = fsspec.open(shard, "rb")
+        return source.open()
+    except Exception as error:  # fsspec's file systems raise what their clients do
+        raise unreadable(shard, error) from None
+
+
+def _members(shard: str, tar: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
     """(name, content) of every file."""
-    for member in tar:
-        file = tar.extractfile(member)
-        if file is not None:
-            yield member.name, file.read()
+    for member in members_of(shard, tar):
+        try:
+            file: Any = tar.extractfile(member)
+            content = file.read()
+        except Exception as error:  # tarfile raises whatever its parser meets
+            raise unreadable(shard, error) from None
+        yield member.name, content
 
 
 def _key(member: tuple[str, bytes]) -> str:
@@ -178,6 +203,9 @@ def _expand(pattern: str) -> list[str]:
     if found is None:
         return [pattern]
     first, last = found.groups()
+    most = len(str(MOST_SHARDS))
+    if len(first.lstrip("0")) > most or len(last.lstrip("0")) > most or not 0 <= int(last) - int(first) < MOST_SHARDS:
+        raise PowersteerError(f"{found.group()[:40]} is no range of shards: give {{000..099}}, the lesser number first")
     before, after = pattern[: found.start()], pattern[found.end() :]
     return [
         name
