@@ -23,8 +23,12 @@ def test_settings_and_conditions_come_back_as_they_were(tmp_path):
     ("told", "said"),
     [
         ({}, "does not say how it was made"),
-        ({SETTINGS_KEY: "{"}, "are damaged"),
-        ({SETTINGS_KEY: "[1]"}, "are damaged"),
+        ({SETTINGS_KEY: "{"}, "the text of the settings in it.png is not JSON"),
+        ({SETTINGS_KEY: "[1]"}, "the text of the settings in it.png is not a JSON object but an array"),
+        ({SETTINGS_KEY: "[" * 100_000}, "nested deeper than 100 levels"),
+        ({SETTINGS_KEY: '{"scale": NaN}'}, "NaN is no number"),
+        ({SETTINGS_KEY: '{"seed": ' + "7" * 6000 + "}"}, "has 6000 digits, more than 300"),
+        ({SETTINGS_KEY: '{"seed": 1, "seed": 2}'}, "'seed' comes twice"),
         ({SETTINGS_KEY: "{}", CONDITIONS_KEY: "7"}, "are damaged"),
         ({SETTINGS_KEY: "{}", CONDITIONS_KEY: '["%"]'}, "are damaged"),
         ({SETTINGS_KEY: " " * 50_000_000}, "it.png"),  # packed to a few kilobytes

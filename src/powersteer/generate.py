@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import diffusers
 import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 from PIL import Image
 from pydantic import Field
-from rich.console import Console
 from rich.progress import Progress
 
 from powersteer.adapters import Adapter, attach, channels_of, check_adapter, factor_of, load_network, record_of
 from powersteer.base import EMBEDDED_BASE, load_base
-from powersteer.conditions.files import check_condition, read_condition
+from powersteer.conditions.files import Fit, check_condition, fit_of, fitted, read_condition
 from powersteer.conditions.sketch import open_picture
 from powersteer.config import StrictConfig, build_config
+from powersteer.core.console import PlainConsole
+from powersteer.core.digests import content_digest, weights_digest
+from powersteer.core.files import read_bytes, reason_of
+from powersteer.core.text import json_lines, parse_json, read_text
 from powersteer.data.layouts import read_rows
-from powersteer.data.pairs import captioned
-from powersteer.errors import PowersteerError
+from powersteer.data.pairs import captioned, same_aspect
+from powersteer.errors import NonFiniteError, PowersteerError, PowersteerWarning
 from powersteer.hardware import best_device, native_precision
 from powersteer.metadata import read_metadata, save_picture
 from powersteer.model import BPSModel
@@ -34,6 +39,9 @@ from powersteer.steering import steer
 GUIDANCE_SCALE = 3.0
 """Default strength of the text."""
 NUM_INFERENCE_STEPS = 30
+MAX_STEPS, MAX_GUIDANCE, MAX_SCALE = 1000, 1000, 1000
+"""Anything above is a slip of the hand."""
+Share = Annotated[float, Field(ge=0, le=1)]
 GRID_PICTURES, GRID_COLUMNS = 24, 8
 
 Scheduler = Literal["ddim", "ddpm", "dpm++", "euler", "euler-a", "heun", "lcm", "pndm", "unipc"]
@@ -50,6 +58,12 @@ SCHEDULERS: dict[Scheduler, str] = {
 }
 
 
+LAST_SEED = 2**63 - 1
+Seed = Annotated[int, Field(ge=0, le=LAST_SEED)]
+MAX_PICTURES = 100_000
+"""Of one command."""
+
+
 class PictureJob(StrictConfig):
     """One picture to make; a manifest holds one a line."""
 
@@ -57,24 +71,24 @@ class PictureJob(StrictConfig):
     condition: tuple[Path, ...]
     """One picture for each adapter."""
     negative_prompt: str = ""
-    seed: int = 0
+    seed: Seed = 0
 
 
 class GenerateSettings(StrictConfig):
     """What is common to all pictures of a run; written into every PNG."""
 
-    adapter: tuple[str, ...] = ("sketch",)
+    adapter: tuple[str, ...] = Field(default=("sketch",), min_length=1)
     """Embedded ones by name, folders, or models of the Hub; several of BPS, or one of another kind."""
     base: str = EMBEDDED_BASE
-    num_inference_steps: int = Field(default=NUM_INFERENCE_STEPS, gt=0)
-    guidance_scale: float = Field(default=GUIDANCE_SCALE, ge=1)
+    num_inference_steps: int = Field(default=NUM_INFERENCE_STEPS, gt=0, le=MAX_STEPS)
+    guidance_scale: float = Field(default=GUIDANCE_SCALE, ge=1, le=MAX_GUIDANCE)
     scheduler: Scheduler | None = None
     """The base's own by default."""
-    scale: tuple[float, ...] = (1.0,)
+    scale: tuple[Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)], ...] = Field(default=(1.0,), min_length=1)
     """Strength of each adapter's steering, or one for all; 0 is the prior."""
-    start: tuple[float, ...] = (0.0,)
+    start: tuple[Share, ...] = Field(default=(0.0,), min_length=1)
     """When each sets in, from noise (0) to picture (1)."""
-    end: tuple[float, ...] = (1.0,)
+    end: tuple[Share, ...] = Field(default=(1.0,), min_length=1)
     init_image: Path | None = None
     """Start from this picture."""
     mask_image: Path | None = None
@@ -94,19 +108,13 @@ def read_manifest(path: Path) -> list[PictureJob]:
     Raises:
         PowersteerError: Unreadable, empty, or a line that is no such object; the line is named.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PowersteerError(f"cannot read {path}: {error}") from None
     jobs: list[PictureJob] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row: Any = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("condition"), str):
-                row["condition"] = [row["condition"]]
-            job = build_config(row, PictureJob, where=f"{path}, line {number}")
-        except json.JSONDecodeError as error:
-            raise PowersteerError(f"{path}, line {number} is not JSON: {error}") from None
+    for number, line in json_lines(read_text(path), str(path)):
+        where = f"{path}, line {number}"
+        row = parse_json(line, where)
+        if isinstance(row, dict) and isinstance(row.get("condition"), str):
+            row["condition"] = [row["condition"]]
+        job = build_config(row, PictureJob, where=where)
         jobs.append(job.model_copy(update={"condition": tuple(path.parent / file for file in job.condition)}))
     if not jobs:
         raise PowersteerError(f"{path} is empty: give one JSON object a line")
@@ -119,10 +127,10 @@ def jobs_of(
     """One prompt under ``num_images`` seeds."""
     if not condition:
         raise PowersteerError("no condition: give --condition my-drawing.png, or --manifest FILE.jsonl")
-    return [
-        PictureJob(prompt=prompt, condition=tuple(condition), negative_prompt=negative_prompt, seed=seed + i)
-        for i in range(num_images)
-    ]
+    if not 0 < num_images <= MAX_PICTURES:
+        raise PowersteerError(f"--num-images must be from 1 to {MAX_PICTURES:,}, not {num_images}")
+    values = {"prompt": prompt, "condition": tuple(condition), "negative_prompt": negative_prompt}
+    return [build_config(values | {"seed": seed + i}, PictureJob, where="generate") for i in range(num_images)]
 
 
 def jobs_of_pairs(folder: Path, negative_prompt: str = "", seed: int = 0) -> list[PictureJob]:
@@ -141,8 +149,8 @@ def jobs_of_pairs(folder: Path, negative_prompt: str = "", seed: int = 0) -> lis
         file = row.conditioning_image.file
         if file is None or file.suffix == ".tar":
             raise PowersteerError(f"{row.conditioning_image} is no file of its own: prepare the pairs without --shards")
-        prompt = captioned(row, None).texts[0]
-        jobs.append(PictureJob(prompt=prompt, condition=(file,), negative_prompt=negative_prompt, seed=seed + i))
+        values = {"prompt": captioned(row, None).texts[0], "condition": (file,), "negative_prompt": negative_prompt}
+        jobs.append(build_config(values | {"seed": seed + i}, PictureJob, where="generate"))
     return jobs
 
 
@@ -177,19 +185,21 @@ def generate(
             raise PowersteerError("the prompt is empty: say what the drawing shows, such as --prompt 'a fox'")
         if len(job.condition) != len(settings.adapter):
             raise PowersteerError(f"{len(settings.adapter)} adapters need as many conditions, not {len(job.condition)}")
-    for file in dict.fromkeys(file for job in jobs for file in job.condition):
-        check_condition(file)  # that the last of a thousand is broken is said now, not in an hour
+    # Fail on bad files before sampling starts.
+    sizes = {file: check_condition(file) for file in dict.fromkeys(file for job in jobs for file in job.condition)}
     models = [load_network(name) for name in settings.adapter]
-    pipe, inputs = _pipeline(settings)
+    fit = _common_fit(settings, models)
+    pipe, inputs = _pipeline(settings, fit)
     for model in models:
         check_adapter(model, pipe)
         model.to(pipe.device)
     latents = pipe.unet.config.sample_size
+    _warn_of_shapes(settings, sizes)
 
     @lru_cache(maxsize=64)
     def conditions_of(files: tuple[Path, ...]) -> list[tuple[torch.Tensor, bool]]:
         return [
-            condition_of(file, model, latents, prepared=settings.prepared)
+            condition_of(file, model, latents, prepared=settings.prepared, fit=fit)
             for file, model in zip(files, models, strict=True)
         ]
 
@@ -197,10 +207,14 @@ def generate(
     first = 0 if resume else _next_number(out_dir)
     files = [out_dir / f"{first + i:05d}-seed{job.seed}.png" for i, job in enumerate(jobs)]
     records = [settings.model_dump(mode="json") | job.model_dump(mode="json") for job in jobs]
+    if resume:  # then a picture that is there counts as made: it must be of these weights and files, too
+        digests = _digests(settings, models, pipe, sizes)
+        for record, job in zip(records, jobs, strict=True):
+            record["digests"] = digests(job)
     missing = [i for i, (file, record) in enumerate(zip(files, records, strict=True)) if not _is_made(file, record)]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        console = Console(stderr=True)
+        console = PlainConsole(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("generating", total=len(jobs), completed=len(jobs) - len(missing))
             for begin in range(0, len(missing), batch_size):
@@ -228,7 +242,7 @@ def generate(
             out_dir / "grid.png", jobs, files, lambda job: [drawing for drawing, _ in conditions_of(job.condition)]
         )
     except OSError as error:
-        raise PowersteerError(f"cannot write to {out_dir}: {error.strerror}") from None
+        raise PowersteerError(f"cannot write to {out_dir}: {reason_of(error)}") from None
     return [*files, out_dir / "grid.png"]
 
 
@@ -264,22 +278,64 @@ def steered_pictures(
         **inputs: Further arguments of the pipeline.
 
     Raises:
-        PowersteerError: No prompts, not as many seeds as prompts, what `powersteer.steer` refuses, or a strength of, or
-            company for, a network that is not BPS.
+        PowersteerError: No prompts, not as many seeds as prompts, steps that the scheduler cannot take, what
+            `powersteer.steer` refuses, or a strength of, or company for, a network that is not BPS.
+        NonFiniteError: The pictures are not finite.
     """
     if not prompts or len(seeds) != len(prompts):
         raise PowersteerError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each, at least one")
     negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
     run: Any = pipe
+    check_steps(run, num_inference_steps, inputs.get("strength", 1.0) if "image" in inputs else 1.0)
+    wanted = inputs.pop("output_type", "pil")
     with _steering(run, model, condition, len(prompts), {"scale": scale, "start": start, "end": end}):
-        return run(
+        result = run(
             list(prompts),
             negative_prompt=negative,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             generator=[torch.Generator(pipe.device).manual_seed(seed) for seed in seeds],
+            output_type="pt" if wanted == "pil" else wanted,
             **inputs,
-        ).images
+        )
+    made: Any = result.images
+    is_finite = not torch.is_tensor(made) or bool(torch.as_tensor(made).isfinite().all())
+    if not is_finite:
+        raise NonFiniteError(
+            f"the pictures are not finite numbers, of {num_inference_steps} steps of {type(run.scheduler).__name__} in "
+            f"{str(run.unet.dtype).removeprefix('torch.')}: take more steps, another scheduler, or float32 weights"
+        )
+    flagged = sum(getattr(result, "nsfw_content_detected", None) or [])
+    if flagged:
+        told = f"the base's safety checker made {flagged} of {len(prompts)} pictures black"
+        warnings.warn(told, PowersteerWarning, stacklevel=2)
+    processor = run.image_processor
+    return processor.numpy_to_pil(processor.pt_to_numpy(made)) if wanted == "pil" else made
+
+
+def check_steps(pipe: Any, num_inference_steps: int, strength: float = 1.0) -> None:
+    """Refuse a number of steps that leaves nothing to do, or that the scheduler cannot divide its noise into.
+
+    Args:
+        pipe: The pipeline, its scheduler chosen.
+        num_inference_steps: Denoising steps.
+        strength: The share of them that is done, where a picture is started from.
+
+    Raises:
+        PowersteerError: As said.
+    """
+    if int(num_inference_steps * strength) < 1:
+        raise PowersteerError(
+            f"{num_inference_steps} steps at a strength of {strength:g} leave none to do: give "
+            f"{math.ceil(1 / strength)} steps or more, or a greater strength"
+        )
+    name = type(pipe.scheduler).__name__
+    try:
+        copy.deepcopy(pipe.scheduler).set_timesteps(num_inference_steps)
+    except Exception as error:  # each scheduler has its own
+        raise PowersteerError(
+            f"{name} cannot take {num_inference_steps} steps ({reason_of(error)}): give more, or another scheduler"
+        ) from None
 
 
 def _steering(
@@ -311,7 +367,7 @@ def make_scheduler(name: Scheduler, own: Any) -> Any:
     return getattr(diffusers, SCHEDULERS[name]).from_config(own.config)
 
 
-def _pipeline(settings: GenerateSettings) -> tuple[Any, dict[str, Any]]:
+def _pipeline(settings: GenerateSettings, fit: Fit) -> tuple[Any, dict[str, Any]]:
     """The stock pipeline for the settings, and what it takes beyond prompts."""
     device = best_device()
     pipe: Any = load_base(settings.base, torch.float32 if device.type == "cpu" else native_precision(device))
@@ -323,29 +379,68 @@ def _pipeline(settings: GenerateSettings) -> tuple[Any, dict[str, Any]]:
             raise PowersteerError("a mask needs the picture it masks: give --init-image too")
         return pipe, {}
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    inputs: dict[str, Any] = {"image": _fit(open_picture(settings.init_image), side), "strength": settings.strength}
+
+    def opened(file: Path, mode: str, paper: str) -> Image.Image:
+        return fitted(open_picture(file).convert(mode), (side, side), fit, where=str(file), paper=paper)
+
+    inputs: dict[str, Any] = {"image": opened(settings.init_image, "RGB", "white"), "strength": settings.strength}
     kind = AutoPipelineForImage2Image
     if settings.mask_image is not None:
-        inputs["mask_image"] = _fit(open_picture(settings.mask_image).convert("L"), side)
+        inputs["mask_image"] = opened(settings.mask_image, "L", "black")
         kind = AutoPipelineForInpainting
     pipe = kind.from_pipe(pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe, inputs
 
 
-def _fit(picture: Image.Image, side: int) -> Image.Image:
-    return picture.resize((side, side), Image.Resampling.LANCZOS)
+def _common_fit(settings: GenerateSettings, models: Sequence[Adapter]) -> Fit:
+    """One for all conditions, init image and mask: what lies on one another must be cut alike."""
+    fits = {fit_of(channels_of(model), kind_of(model), prepared=settings.prepared) for model in models}
+    return "pad" if fits == {"pad"} else "crop"
 
 
-def condition_of(file: Path, model: Adapter, latents: int, *, prepared: bool = False) -> tuple[torch.Tensor, bool]:
+def _warn_of_shapes(settings: GenerateSettings, conditions: Mapping[Path, tuple[int, int] | None]) -> None:
+    """Say when pictures that will lie on one another have other shapes."""
+    sizes = {file: size for file, size in conditions.items() if size is not None}
+    if settings.init_image is None:
+        return
+    sizes |= {file: open_picture(file).size for file in (settings.init_image, settings.mask_image) if file is not None}
+    first = sizes[settings.init_image]
+    other = next((file for file, size in sizes.items() if not same_aspect(size, first)), None)
+    if other is not None:
+        told = "{} is {}×{} pixels, {} {}×{}: their shapes differ, so they may not lie on one another as you mean"
+        words = told.format(settings.init_image, *first, other, *sizes[other])
+        warnings.warn(words, PowersteerWarning, stacklevel=3)
+
+
+def _digests(
+    settings: GenerateSettings, models: Sequence[Adapter], pipe: Any, files: Iterable[Path]
+) -> Callable[[PictureJob], dict[str, Any]]:
+    """What a job's picture depends on beside its settings."""
+    parts = {part: weights_digest(getattr(pipe, part)) for part in ("unet", "vae", "text_encoder")}
+    known: dict[str, Any] = {"base": parts, "adapter": [weights_digest(model) for model in models]}
+    for name in ("init_image", "mask_image"):
+        if (file := getattr(settings, name)) is not None:
+            known[name] = content_digest(read_bytes(file))
+    of_file = {file: content_digest(read_bytes(file)) for file in files}
+    return lambda job: {**known, "condition": [of_file[file] for file in job.condition]}
+
+
+def kind_of(model: Adapter) -> str | None:
+    """The kind of a network's conditions, where it is recorded."""
+    return (record_of(model).get("conditioning") or {}).get("kind")
+
+
+def condition_of(
+    file: Path, model: Adapter, latents: int, *, prepared: bool = False, fit: Fit | None = None
+) -> tuple[torch.Tensor, bool]:
     """The file as ``model`` reads it (C, H, W), and whether it was inverted; ``latents`` are so many a side.
 
     Raises:
         PowersteerError: See `read_condition`.
     """
     side = latents * factor_of(model)
-    kind = (record_of(model).get("conditioning") or {}).get("kind")
-    return read_condition(file, channels_of(model), kind, (side, side), prepared=prepared)
+    return read_condition(file, channels_of(model), kind_of(model), (side, side), prepared=prepared, fit=fit)
 
 
 def _for_each(name: str, values: Sequence[float], models: Sequence[Adapter]) -> list[float]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from powersteer.core.files import read_bytes
+from powersteer.core.images import decode_picture
+from powersteer.core.text import parse_json, parse_object
 from powersteer.errors import PowersteerError
 
 SETTINGS_KEY = "powersteer"
@@ -57,19 +59,13 @@ def read_metadata(file: Path) -> Metadata:
     Raises:
         PowersteerError: It is no picture, or says nothing that can be understood.
     """
+    image = decode_picture(read_bytes(file), file.name, ["PNG"])
+    said = {name: value for name, value in image.info.items() if isinstance(value, str)}
+    if SETTINGS_KEY not in said:
+        raise PowersteerError(f"{file.name} does not say how it was made: give a PNG that powersteer wrote")
+    settings = parse_object(said[SETTINGS_KEY], f"the text of the settings in {file.name}")
+    conditions = parse_json(said.get(CONDITIONS_KEY, "[]"), f"the text of the conditions in {file.name}")
     try:
-        with Image.open(file) as picture:
-            said: dict[str, Any] = {str(key): value for key, value in picture.info.items()}
-        if not isinstance(said.get(SETTINGS_KEY), str):
-            raise PowersteerError(f"{file.name} does not say how it was made: give a PNG that powersteer wrote")
-        settings: Any = json.loads(said[SETTINGS_KEY])
-        conditions: Any = json.loads(said.get(CONDITIONS_KEY, "[]"))
-        if not isinstance(settings, dict):
-            raise ValueError("no settings")
         return Metadata(settings, [base64.b64decode(condition, validate=True) for condition in conditions])
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise PowersteerError(f"{file.name} is not a readable picture ({error})") from None
-    except PowersteerError:
-        raise
-    except (ValueError, TypeError, binascii.Error):
-        raise PowersteerError(f"the settings in {file.name} are damaged: give a PNG as powersteer wrote it") from None
+    except (ValueError, TypeError):
+        raise PowersteerError(f"the conditions in {file.name} are damaged: give a PNG as powersteer wrote it") from None

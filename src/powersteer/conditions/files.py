@@ -19,16 +19,16 @@ Fit = Literal["pad", "crop"]
 """How a picture of another shape comes to a size: whole, on paper; or scaled to cover it and cropped."""
 
 
-def check_condition(file: Path) -> None:
-    """Refuse what is neither a picture nor a feature map.
+def check_condition(file: Path) -> tuple[int, int] | None:
+    """The size (width, height) of a picture; None of a feature map.
 
     Raises:
-        PowersteerError: It cannot be read.
+        PowersteerError: It is neither, or cannot be read.
     """
     if file.suffix.lower() == FEATURE_SUFFIX:
         read_features(read_bytes(file), str(file))
-    else:
-        open_layers(file)
+        return None
+    return open_layers(file).size
 
 
 def fit_of(channels: int, kind: str | None, *, prepared: bool) -> Fit:

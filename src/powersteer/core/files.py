@@ -29,6 +29,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; see `is_file`."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def write_whole(path: Path, content: bytes, writer: str = "") -> None:
     """Write a file under another name and rename it; what a kill left of it is written over the next time.
 
