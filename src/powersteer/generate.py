@@ -299,8 +299,7 @@ def steered_pictures(
             **inputs,
         )
     made: Any = result.images
-    is_finite = not torch.is_tensor(made) or bool(torch.as_tensor(made).isfinite().all())
-    if not is_finite:
+    if isinstance(result.images, torch.Tensor) and not bool(result.images.isfinite().all()):
         raise NonFiniteError(
             f"the pictures are not finite numbers, of {num_inference_steps} steps of {type(run.scheduler).__name__} in "
             f"{str(run.unet.dtype).removeprefix('torch.')}: take more steps, another scheduler, or float32 weights"

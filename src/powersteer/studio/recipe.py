@@ -20,7 +20,7 @@ def parse(record: dict[str, Any]) -> tuple[GenerateSettings, PictureJob]:
     Raises:
         PowersteerError: A key is unknown, missing, or of the wrong kind.
     """
-    said = {key: value for key, value in record.items() if key != "inverted"}
+    said = {key: value for key, value in record.items() if key not in ("inverted", "digests")}
     job = {key: said.pop(key) for key in _JOB if key in said}
     where = "the picture's settings"
     return build_config(said, GenerateSettings, where=where), build_config(job, PictureJob, where=where)
