@@ -9,9 +9,10 @@ from PIL import Image
 
 from powersteer.conditions.extractor import Box
 from powersteer.data import svg as svg_module
+from powersteer.data.layouts.base import pictures_in
 from powersteer.data.sources import find_source, json_scan
 from powersteer.data.sources.ade20k import Ade20k
-from powersteer.data.sources.base import Wanted, pictures_in
+from powersteer.data.sources.base import Wanted
 from powersteer.data.sources.coco import Coco
 from powersteer.data.sources.folder import Folder
 from powersteer.data.sources.frame import open_frame
@@ -383,10 +384,11 @@ def test_a_folder_with_metadata(tmp_path):
     with pytest.raises(PowersteerError, match="9×9 pixels, its picture 24×16"):
         items[0].load()
     for text, words in (
-        ("[]", "line 1: not a JSON object"),
-        ('{"text": "a"}', "with a file_name"),
+        ("[]", "is one JSON array"),
+        ("5", "line 1 is not a JSON object but a number"),
+        ('{"text": "a"}', "line 1: 'file_name' must name a file, not None"),
         ("\n", "is empty"),
-        ('{"file_name": "a"}\n{"file_name": "a"}', "line 2: 'a' comes twice"),
+        ('{"file_name": "a"}\n{"file_name": "./a"}', "line 2: 'a' comes twice, first in .*line 1"),
     ):
         metadata.write_text(text)
         with pytest.raises(PowersteerError, match=words):

@@ -80,6 +80,11 @@ def parse_json(content: str | bytes, where: str) -> Any:
     return value
 
 
+def json_decoder() -> json.JSONDecoder:
+    """Reads a value out of a longer text as `parse_json` does, but for nesting and half characters."""
+    return json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
+
+
 def parse_object(content: str | bytes, where: str) -> dict[str, Any]:
     """The JSON object in a text; see `parse_json`.
 
@@ -95,6 +100,11 @@ def parse_object(content: str | bytes, where: str) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; see `parse_object`."""
     return parse_object(read_bytes(path), str(path))
+
+
+def to_json(values: Any) -> str:
+    """Plain values as a JSON text in ASCII; a number that is not finite becomes null."""
+    return json.dumps(_with_null(values), indent=2)
 
 
 def json_lines(text: str, where: str) -> Iterator[tuple[int, str]]:
@@ -161,6 +171,14 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{digits[:20]} is too large a number")
     return value
+
+
+def _with_null(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _with_null(one) for key, one in value.items()}
+    return [_with_null(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _whole(digits: str) -> int:

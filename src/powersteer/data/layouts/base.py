@@ -151,14 +151,19 @@ def _pictures_in(folder: Path, suffixes: frozenset[str], held_out: bool, above: 
             yield path
 
 
-def files_in(folder: Path) -> Iterator[Path]:
-    """All files of a folder and the folders in it; neither hidden ones nor held-out splits, links not followed."""
+def files_in(folder: Path, *, held_out: bool = True) -> Iterator[Path]:
+    """All files of a folder and the folders in it, without hidden ones; links to folders are not followed.
+
+    Args:
+        folder: The folder.
+        held_out: As of `pictures_in`.
+    """
     waiting = [folder]
     while waiting:
         for path in inside(waiting.pop()):
             if not is_folder(path):
                 yield path
-            elif not path.is_symlink() and not is_held_out(path.name):
+            elif not path.is_symlink() and (held_out or not is_held_out(path.name)):
                 waiting.append(path)
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from powersteer.conditions.extractor import Subject, Task
-from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, pictures_in, read_text
+from powersteer.core.files import is_file
+from powersteer.core.text import read_text
+from powersteer.data.layouts.base import alone, files_in, inside, is_folder, pictures_in
+from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, name_of
 from powersteer.data.sources.frame import open_frame, open_index
 from powersteer.errors import PowersteerError
 
@@ -32,11 +35,12 @@ class Ade20k:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.unused: dict[str, list[str]] = {}
 
     @staticmethod
     def fits(root: Path) -> bool:
         """Whether a folder looks like it."""
-        return any((root / "images" / folder).is_dir() for folder in SPLITS.values())
+        return any(is_folder(root / "images" / folder) for folder in SPLITS.values())
 
     def choice(self, task: Task) -> Choice:
         """The data set's own colours for its classes."""
@@ -46,27 +50,41 @@ class Ade20k:
         """By split and name."""
         scenes = self._scenes()
         annotations = self.root / "annotations"
-        if wanted.task == "segmentation" and not annotations.is_dir():
+        if wanted.task == "segmentation" and not is_folder(annotations):
             raise PowersteerError(f"{self.root} has no annotations: unpack them beside images/")
         items: list[Item] = []
+        taken: dict[tuple[str, str], Path] = {}
         for split, folder in SPLITS.items():
-            if not (self.root / "images" / folder).is_dir():
+            if not is_folder(self.root / "images" / folder):
                 continue
             for path in pictures_in(self.root / "images" / folder):
                 name = path.relative_to(self.root / "images" / folder).with_suffix("")
                 index = (annotations / folder / name).with_suffix(".png") if wanted.task == "segmentation" else None
                 load = partial(_load, path, index, wanted.background)
                 scene = scenes.get(path.stem)
-                items.append(Item(name.as_posix(), split, load, (scene,) if scene else (), path.stem))
+                item = Item(
+                    name_of(path.with_suffix(""), self.root / "images" / folder),
+                    split,
+                    load,
+                    (scene,) if scene else (),
+                    path.stem,
+                )
+                items.append(item)
+                twin = taken.setdefault((split, item.name), path)
+                alone(str(self.root), item.name, [str(one) for one in dict.fromkeys((twin, path))])
         if not items:
             raise PowersteerError(f"{self.root / 'images'} holds no pictures")
+        files, used = sorted(files_in(self.root / "images")), set(taken.values())
+        unused = [str(path.relative_to(self.root)) for path in files if path not in used]
+        unused += [path.name for path in inside(self.root) if path.name not in ("images", "annotations", SCENES)]
+        self.unused = {"are none of the scene parsing benchmark's": unused} if unused else {}
         return items
 
     def _scenes(self) -> dict[str, str]:
         path = self.root / SCENES
-        if not path.exists():
+        if not is_file(path):
             return {}
-        pairs = (line.split(maxsplit=1) for line in read_text(path).splitlines())
+        pairs = (line.split(maxsplit=1) for line in read_text(path).split("\n"))
         named = {pair[0]: pair[1].replace("_", " ").strip() for pair in pairs if len(pair) == 2}
         return {name: scene for name, scene in named.items() if scene != "misc"}
 

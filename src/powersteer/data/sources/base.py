@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from PIL import Image
-
 from powersteer.conditions.extractor import Subject, Task
-from powersteer.data.layouts import PICTURE_SUFFIXES
-from powersteer.errors import PowersteerError
 
 Captions = Literal["first", "all", "random"]
 
@@ -68,6 +64,8 @@ class Source(Protocol):
     """What ``dataset.json`` says of it."""
     licence: str
     """Under which terms its pictures come."""
+    unused: dict[str, list[str]]
+    """Files that no item takes, by why; known once the items are."""
 
     def choice(self, task: Task) -> Choice:
         """What it is best prepared with."""
@@ -82,51 +80,7 @@ class Source(Protocol):
         ...
 
 
-def read_bytes(path: Path) -> bytes:
-    """Of a file.
-
-    Raises:
-        PowersteerError: It cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise PowersteerError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def read_text(path: Path) -> str:
-    """Of a file.
-
-    Raises:
-        PowersteerError: It cannot be read, or is not UTF-8.
-    """
-    try:
-        return read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise PowersteerError(f"{path} is not UTF-8 text: save it as UTF-8") from None
-
-
-def pictures_in(folder: Path) -> Iterator[Path]:
-    """The pictures of a folder and the folders in it, by name; links are followed, loops are not."""
-    yield from _pictures_in(folder, frozenset())
-
-
-def _pictures_in(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
-    real = folder.resolve()
-    if real in above:
-        return
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.suffix.lower() in PICTURE_SUFFIXES and not path.is_dir():
-            yield path
-        elif path.is_dir():
-            yield from _pictures_in(path, above | {real})
-
-
-def rgb(picture: Image.Image, background: str) -> Image.Image:
-    """Any 8-bit picture as RGB; what is transparent is laid on the background."""
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    layers = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layers.size, background), layers).convert("RGB")
+def name_of(path: Path, folder: Path) -> str:
+    """A file's name within a folder; what is no UTF-8 in it is written out, as no data set can hold it."""
+    name = path.relative_to(folder).as_posix()
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

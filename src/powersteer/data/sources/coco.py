@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from powersteer.conditions.extractor import Box, Subject, Task
-from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, pictures_in
+from powersteer.core.files import is_file
+from powersteer.data.layouts.base import alone, files_in, inside, is_folder, pictures_in
+from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, name_of
 from powersteer.data.sources.frame import Frame, open_frame, open_index
 from powersteer.data.sources.json_scan import Span, read_spans, scan
 from powersteer.data.sources.masks import to_mask
@@ -39,11 +41,12 @@ class Coco:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.unused: dict[str, list[str]] = {}
 
     @staticmethod
     def fits(root: Path) -> bool:
         """Whether a folder looks like it."""
-        return any((root / folder).is_dir() for folder in SPLITS.values())
+        return any(is_folder(root / folder) for folder in SPLITS.values())
 
     def choice(self, task: Task) -> Choice:
         """COCO-Stuff's classes."""
@@ -51,16 +54,23 @@ class Coco:
 
     def items(self, wanted: Wanted) -> Sequence[Item]:
         """By split and file name: what the annotations list, and whatever else is there."""
-        splits = {split: folder for split, folder in SPLITS.items() if (self.root / folder).is_dir()}
+        splits = {split: folder for split, folder in SPLITS.items() if is_folder(self.root / folder)}
         items = [item for split, folder in splits.items() for item in self._split(split, folder, wanted)]
         if not items:
             raise PowersteerError(f"{self.root} holds no pictures in {' or '.join(SPLITS.values())}")
+        ours = ("annotations", *PIXELMAPS, *splits.values())
+        unused = [path.name for path in inside(self.root) if path.name not in ours]
+        pictures = {path for folder in splits.values() for path in pictures_in(self.root / folder)}
+        files = (path for folder in splits.values() for path in sorted(files_in(self.root / folder)))
+        unused += [name_of(path, self.root) for path in files if path not in pictures]
+        self.unused = {"are none of COCO 2017's": unused} if unused else {}
         return items
 
     def _split(self, split: str, folder: str, wanted: Wanted) -> list[Item]:
         known = self._known(folder, wanted.task)
-        present = {path.name for path in pictures_in(self.root / folder)}
+        present = {path.relative_to(self.root / folder).as_posix() for path in pictures_in(self.root / folder)}
         items: list[Item] = []
+        taken: dict[str, str] = {}
         for name in sorted(present | set(known)):
             about = known.get(name, _About())
             maps = self._maps(folder) if wanted.task == "segmentation" else None
@@ -68,11 +78,14 @@ class Coco:
             load = partial(_load, self.root / folder / name, wanted, index, about)
             # A picture of COCO has one number, whichever year's folder it lies in.
             concept = Path(name).stem.rpartition("_")[2]
-            items.append(Item(Path(name).stem, split, load, about.captions, concept))
+            item = Item(name_of(Path(name).with_suffix(""), Path()), split, load, about.captions, concept)
+            items.append(item)
+            twin = taken.setdefault(item.name, name)
+            alone(str(self.root / folder), item.name, list(dict.fromkeys((twin, name))))
         return items
 
     def _maps(self, folder: str) -> Path | None:
-        return next((self.root / name / folder for name in PIXELMAPS if (self.root / name / folder).is_dir()), None)
+        return next((self.root / name / folder for name in PIXELMAPS if is_folder(self.root / name / folder)), None)
 
     def _known(self, folder: str, task: Task) -> dict[str, _About]:
         """What the annotations of a split say of its pictures, by file name."""
@@ -80,14 +93,14 @@ class Coco:
         wanted: list[Path] = []
         if task == "layout" or (task == "segmentation" and self._maps(folder) is None):
             wanted.append(annotations / f"instances_{folder}.json")
-            if not wanted[0].exists():
+            if not is_file(wanted[0]):
                 raise PowersteerError(f"{task} needs {wanted[0]}: unpack COCO's annotations there")
         stuff = annotations / f"stuff_{folder}.json"
-        if task == "segmentation" and wanted and stuff.exists():
+        if task == "segmentation" and wanted and is_file(stuff):
             wanted.insert(0, stuff)  # things lie on top
         pictures: dict[str, _About] = {}
         captions = annotations / f"captions_{folder}.json"
-        if captions.exists():
+        if is_file(captions):
             images, texts, _ = _read(captions, keep_text=True)
             pictures = {name: _About(size, tuple(texts.get(id_, ()))) for id_, (name, size) in images.items()}
         for path in wanted:
@@ -122,22 +135,46 @@ def _read(path: Path, *, keep_text: bool) -> tuple[dict[int, tuple[str, tuple[in
     found: defaultdict[int, list[Any]] = defaultdict(list)
     names: dict[int, str] = {}
     keys: set[str] = set()
+    files: dict[str, int] = {}
     for key, record, span in scan(path):
         keys.add(key)
-        try:
-            if key == "images":
-                images[record["id"]] = record["file_name"], (record["width"], record["height"])
-            elif key == "annotations":
-                found[record["image_id"]].append((span, record["caption"]) if keep_text else span)
-            elif key == "categories":
-                names[record["id"]] = record["name"]
-        except KeyError as error:
-            raise PowersteerError(f"{path} is not COCO's JSON: a record of '{key}' has no {error}") from None
+        if key not in _FIELDS:
+            continue
+        values = [_field(path, key, record, name, kind) for name, kind in _FIELDS[key].items()]
+        if key == "images":
+            id_, name, width, height = values
+            if id_ in images or name in files:
+                raise PowersteerError(f"{path}: the image {id_}, '{name}', comes twice")
+            images[id_], files[name] = (name, (width, height)), id_
+        elif key == "annotations":
+            said = (span, _field(path, key, record, "caption", str)) if keep_text else span
+            found[values[0]].append(said)
+        else:
+            names[values[0]] = values[1]
     if "images" not in keys:
         raise PowersteerError(f"{path} is not COCO's JSON: it has no 'images'")
     if keep_text:
         return images, {id_: [_caption(path, *one) for one in texts] for id_, texts in found.items()}, names
     return images, found, names
+
+
+_FIELDS: dict[str, dict[str, type]] = {
+    "images": {"id": int, "file_name": str, "width": int, "height": int},
+    "annotations": {"image_id": int},
+    "categories": {"id": int, "name": str},
+}
+"""What a record must have."""
+
+
+def _field(path: Path, key: str, record: Any, name: str, kind: type) -> Any:
+    if not isinstance(record, dict) or name not in record:
+        raise PowersteerError(f"{path} is not COCO's JSON: a record of '{key}' has no '{name}'")
+    if type(record[name]) is not kind:
+        wanted = "a whole number" if kind is int else "text"
+        raise PowersteerError(
+            f"{path} is not COCO's JSON: '{name}' of '{key}' is {str(record[name])[:40]}, not {wanted}"
+        )
+    return record[name]
 
 
 def _caption(path: Path, span: Span, latin: str) -> str:
@@ -154,10 +191,16 @@ def _load(path: Path, wanted: Wanted, index: Path | None, about: _About) -> Load
         if labels.max() >= CATEGORIES:
             raise PowersteerError(f"{index}: class {labels.max()} is outside COCO-Stuff's palette of {CATEGORIES}")
     elif about.marks and about.size is not None:
-        if wanted.task == "segmentation":
-            labels = frame.labels(_labels(about.marks, about.size))
-        else:
-            boxes = _boxes(frame, about.marks, about.size)
+        frame.boxes((), about.size)  # before anything of that size is made
+        try:
+            if wanted.task == "segmentation":
+                labels = frame.labels(_labels(about.marks, about.size))
+            else:
+                boxes = _boxes(frame, about.marks, about.size)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, PowersteerError):
+                raise
+            raise PowersteerError(f"an annotation of {path} is not as COCO has them: {error!r}") from None
     return Loaded(Subject(frame.picture, labels=labels, boxes=boxes), frame.content, frame.suffix)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,18 @@ import numpy.typing as npt
 
 from powersteer.conditions.extractor import Box, Subject, Task
 from powersteer.conditions.tensors import read_features
-from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, pictures_in, read_bytes, read_text
+from powersteer.core.files import is_file, read_bytes
+from powersteer.core.text import json_lines, parse_object, read_text
+from powersteer.data.layouts.base import alone, files_in, inside, is_folder, pictures_in, texts_of
+from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, name_of
 from powersteer.data.sources.frame import open_drawing, open_frame, open_index
+from powersteer.data.splits import Split, is_held_out, split_of
 from powersteer.errors import PowersteerError
 
 METADATA = "metadata.jsonl"
-SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
-"""Folders that hold a split, where there is one of training and one held out."""
+_BESIDE = ("drawing_file_name", "labels_file_name", "features_file_name")
+_Row = tuple[str, dict[str, Any]]
+"""Where it stands, and what it says."""
 
 
 class Folder:
@@ -30,7 +35,8 @@ class Folder:
     ``labels_file_name`` (class numbers; 255 is none) and ``features_file_name`` (``.npy``); ``NAME.npy`` is found too.
 
     Args:
-        root: The folder; with ``train`` and ``validation`` (or ``val``, ``test``) in it, these are its splits.
+        root: The folder. A folder ``validation`` or ``test`` in it (or ``val``, …: `powersteer.data.splits`) is held
+            out; what is trained on is then its folder ``train`` or, without one, all the rest.
     """
 
     licence = "that of the pictures"
@@ -38,11 +44,13 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.name = f"folder {root.resolve().name}"
+        self.unused: dict[str, list[str]] = {}
+        self._used: set[str] = set()
 
     @staticmethod
     def fits(root: Path) -> bool:
         """Whether it is one."""
-        return root.is_dir()
+        return is_folder(root)
 
     def choice(self, task: Task) -> Choice:
         """The task's own."""
@@ -50,41 +58,94 @@ class Folder:
 
     def items(self, wanted: Wanted) -> Sequence[Item]:
         """By name."""
-        found = {split: self.root / name for split, names in SPLITS.items() for name in names}
-        splits = {split: folder for split, folder in found.items() if folder.is_dir()}
-        if "train" not in splits or len(splits) == 1:
-            splits = {"train": self.root}
+        splits = self._splits()
         items = [item for split, folder in splits.items() for item in self._split(split, folder, wanted)]
         if not items:
             raise PowersteerError(f"{self.root} holds no pictures")
+        self.unused = {}
+        for path in sorted(files_in(self.root)):
+            if os.path.normpath(path) not in self._used:
+                self.unused.setdefault(self._why_unused(path, splits), []).append(name_of(path, self.root))
         return items
 
-    def _split(self, split: str, folder: Path, wanted: Wanted) -> list[Item]:
-        rows = _metadata(folder)
-        listed = {folder / name: row for name, row in rows.items()}
-        paths = list(listed) if rows else list(pictures_in(folder))
-        beside = [str(row[column]) for row in rows.values() for column in _BESIDE if row.get(column)]
-        partners = {folder / name for name in beside}
-        return [
-            Item(
-                name=path.relative_to(folder).as_posix(),
-                split=split,
-                load=partial(_load, path, folder, listed.get(path, {}), wanted.background),
-                captions=_captions(path, listed.get(path, {})),
-                concept=_text(listed.get(path, {}).get("concept")),
+    def _splits(self) -> dict[Split, Path]:
+        found: dict[Split, list[Path]] = {}
+        for path in inside(self.root):
+            split = split_of(path.name)
+            if split is not None and is_folder(path):
+                found.setdefault(split, []).append(path)
+        splits: dict[Split, Path] = {"train": self.root}
+        if not set(found) - {"train"}:
+            return splits
+        for split, folders in found.items():
+            alone(str(self.root), split, [folder.name for folder in folders])
+        if "train" in found and is_file(self.root / METADATA):
+            folder = found["train"][0]
+            raise PowersteerError(
+                f"{self.root / METADATA} is not read, as {folder} is there: write one in each split's folder"
             )
+        splits.update({split: folders[0] for split, folders in found.items()})
+        return splits
+
+    def _split(self, split: Split, folder: Path, wanted: Wanted) -> list[Item]:
+        is_training = split == "train"
+        rows = _metadata(folder, is_training)
+        unread = (path for path in files_in(folder, held_out=not is_training) if path.name == METADATA)
+        elsewhere = next((path for path in unread if path.parent != folder), None)
+        if elsewhere is not None:
+            raise PowersteerError(f"{elsewhere} is not read: give {elsewhere.parent} as the source, or move it up")
+        named = (row[column] for _, row in rows.values() for column in _BESIDE if row.get(column))
+        partners = {folder / os.path.normpath(name) for name in named}
+        paths = list(rows) if rows else list(pictures_in(folder, held_out=not is_training))
+        self._use(folder / METADATA, *paths, *partners)
+        owners: dict[Path, Path] = {}
+        return [
+            self._item(split, folder, path, *rows.get(path, (str(path), {})), owners, wanted)
             for path in paths
             if path not in partners
         ]
 
+    def _item(
+        self,
+        split: Split,
+        folder: Path,
+        path: Path,
+        where: str,
+        row: Mapping[str, Any],
+        owners: dict[Path, Path],
+        wanted: Wanted,
+    ) -> Item:
+        captions = texts_of(where, row, "text")
+        own_text, own_features = row.get("text") is not None, row.get("features_file_name") is not None
+        for file, is_wanted in ((path.with_suffix(".txt"), not own_text), (path.with_suffix(".npy"), not own_features)):
+            if is_wanted and is_file(file):
+                owner = owners.setdefault(file, path)
+                if owner != path:
+                    raise PowersteerError(f"'{owner}' and '{path}' both claim {file}: rename one of the pictures")
+                self._use(file)
+                if file.suffix == ".txt":
+                    captions = (read_text(file).strip(),)
+        load = partial(_load, path, folder, row, wanted.background)
+        said = tuple(text for text in captions if text.strip())
+        return Item(name_of(path, folder), split, load, said, _concept(where, row))
 
-_BESIDE = ("drawing_file_name", "labels_file_name", "features_file_name")
+    def _use(self, *files: Path) -> None:
+        self._used |= {os.path.normpath(file) for file in files}
+
+    def _why_unused(self, path: Path, splits: Mapping[Split, Path]) -> str:
+        held_first = sorted(splits.items(), key=lambda one: one[0] == "train")
+        split, folder = next((one for one in held_first if path.is_relative_to(one[1])), (None, self.root))
+        if split is None:
+            return f"lie outside of {', '.join(folder.name for folder in splits.values())}"
+        if split == "train" and any(map(is_held_out, path.relative_to(folder).parts[:-1])):
+            return "lie in folders of held-out pictures"
+        return f"are in no row of {METADATA}" if is_file(folder / METADATA) else "are no pictures, and belong to none"
 
 
 def _load(path: Path, folder: Path, row: Mapping[str, Any], background: str) -> Loaded:
     frame = open_frame(path, background)
-    drawing, labels, features = (folder / str(row[column]) if row.get(column) else None for column in _BESIDE)
-    if features is None and path.with_suffix(".npy").exists():
+    drawing, labels, features = (folder / row[column] if row.get(column) else None for column in _BESIDE)
+    if features is None and is_file(path.with_suffix(".npy")):
         features = path.with_suffix(".npy")
     subject = Subject(
         frame.picture,
@@ -96,44 +157,43 @@ def _load(path: Path, folder: Path, row: Mapping[str, Any], background: str) -> 
     return Loaded(subject, frame.content, frame.suffix)
 
 
-def _metadata(folder: Path) -> dict[str, dict[str, Any]]:
-    """Rows by the picture's name; nothing without a file of them."""
+def _metadata(folder: Path, is_training: bool) -> dict[Path, _Row]:
+    """Rows by the picture's file; nothing without a file of them."""
     path = folder / METADATA
-    rows: dict[str, dict[str, Any]] = {}
-    if not path.exists():
+    rows: dict[Path, _Row] = {}
+    if not is_file(path):
         return rows
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row: Any = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise PowersteerError(f"{path}, line {number}: not a JSON object with a file_name")
-        if row["file_name"] in rows:
-            raise PowersteerError(f"{path}, line {number}: '{row['file_name']}' comes twice")
-        rows[row["file_name"]] = row
+    for number, line in json_lines(read_text(path), str(path)):
+        where = f"{path}, line {number}"
+        row = parse_object(line, where)
+        for column in ("file_name", *_BESIDE):
+            name = row.get(column)
+            if not isinstance(name, str | None) or (column == "file_name" and not name):
+                raise PowersteerError(f"{where}: '{column}' must name a file, not {str(name)[:40] or 'nothing'}")
+        name: Any = os.path.normpath(row["file_name"])
+        if folder / name in rows:
+            raise PowersteerError(f"{where}: '{name}' comes twice, first in {rows[folder / name][0]}")
+        if is_training and any(map(is_held_out, Path(name).parts[:-1])):
+            raise PowersteerError(
+                f"{where}: '{name}' lies in a folder of held-out pictures: move the row to a {METADATA} there"
+            )
+        rows[folder / name] = where, row
     if not rows:
         raise PowersteerError(f"{path} is empty: give one JSON object a line, or no such file")
     return rows
 
 
-def _captions(path: Path, row: Mapping[str, Any]) -> tuple[str, ...]:
-    given = row.get("text")
-    if given is None and path.with_suffix(".txt").exists():
-        given = read_text(path.with_suffix(".txt")).strip()
-    return tuple(str(text) for text in (given if isinstance(given, list) else [given]) if text)
-
-
-def _text(value: object) -> str | None:
+def _concept(where: str, row: Mapping[str, Any]) -> str | None:
+    value = row.get("concept")
+    if not isinstance(value, str | int | None):
+        raise PowersteerError(f"{where}: 'concept' must be a word or a number, not {str(value)[:40]}")
     return None if value is None else str(value)
 
 
 def _boxes(given: Any) -> tuple[Box, ...]:
     try:
         return tuple(Box(str(one["label"]), *map(float, _four(one["box"]))) for one in given)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise PowersteerError(
             'boxes must be [{"label": "cat", "box": [left, top, right, bottom]}, …], in pixels'
         ) from None

