@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import html
-import inspect
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -15,33 +12,40 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from powersteer.config import build_config
 from powersteer.errors import PowersteerError
 from powersteer.evaluation.report import curves
 from powersteer.generate import SCHEDULERS
 from powersteer.metadata import read_metadata
+from powersteer.studio.messages import told
+from powersteer.studio.pairs import PairsFound, named_folder
 from powersteer.studio.progress import Progress, Stopped
 from powersteer.studio.recipe import as_command, as_python
-from powersteer.studio.training import PairsFound, Training
-from powersteer.studio.work import (
-    AS_IT_IS,
+from powersteer.studio.training import Training
+from powersteer.studio.wishes import (
+    CONDITIONS,
     LIVE_SCHEDULER,
     LIVE_STEPS,
     MAX_IMAGES,
+    MAX_SEED,
     MAX_STEPS,
-    Result,
-    Studio,
+    Extraction,
+    Seed,
+    TrainingWish,
     Wanted,
     Wish,
+    checked,
 )
+from powersteer.studio.work import AS_IT_IS, Result, Studio
 
-CONDITIONS = 3
-"""Canvases on the page."""
 OWN_SCHEDULER = "the base's own"
 _STILL = [gr.skip()] * 9
 """What is shown of a result, left as it is: pictures, recipe, downloads, strip, spread, result."""
 _FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
 _MONO = ("ui-monospace", "monospace")
 _COMPUTE: dict[str, Any] = {"concurrency_id": "compute", "concurrency_limit": 1, "api_visibility": "private"}
+_RAW: dict[str, Any] = {"preprocess": False}
+"""Values as the browser sent them: `wishes` checks them, with better words than Gradio's."""
 _LIGHT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 _WIDE: dict[str, Any] = {"min_width": 280}
 
@@ -130,7 +134,7 @@ def _draw_tab(page: gr.Blocks, studio: Studio) -> list[gr.Dropdown]:
                 negative = gr.Textbox("", label="Negative prompt", elem_id="negative")
                 with gr.Row():
                     seed = gr.Number(
-                        0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed", min_width=90
+                        0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", min_width=90
                     )
                     count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Pictures", elem_id="count", min_width=140)
                 steps = gr.Slider(1, MAX_STEPS, 30, step=1, label="Steps", elem_id="steps")
@@ -143,13 +147,13 @@ def _draw_tab(page: gr.Blocks, studio: Studio) -> list[gr.Dropdown]:
     fields = [field for slot in slots for field in slot]
     inputs = [prompt, negative, seed, count, steps, guidance, scheduler, compare, *fields]
 
-    @_told
+    @told(studio.work_dir)
     def generate(request: gr.Request, *values: Any) -> Iterator[Any]:
         yield from _shown(studio, _wish(values), request.session_hash or "")
 
-    @_told
+    @told(studio.work_dir)
     def sketch(request: gr.Request, on: bool, *values: Any) -> Iterator[Any]:
-        wish = _wish(values, live=True)
+        wish = checked(_wish(values, live=True))
         if not on or not any(one.drawing for one in wish.conditions):
             return
         if not wish.prompt.strip():
@@ -157,12 +161,17 @@ def _draw_tab(page: gr.Blocks, studio: Studio) -> list[gr.Dropdown]:
             return
         yield from _shown(studio, wish, request.session_hash or "")
 
-    @_told
-    def select(result: Result, event: gr.SelectData) -> Any:
-        return _one(result, event.index)
+    @told(studio.work_dir)
+    def select(result: Result | None, event: gr.SelectData) -> Any:
+        chosen = [i for i in range(len(result.made) if result else 0) if i == event.index]
+        if result is None or not chosen:
+            raise PowersteerError("there is no such picture: make some first")
+        return _one(result, chosen[0])
 
-    @_told
-    def reloaded(file: str) -> list[Any]:
+    @told(studio.work_dir)
+    def reloaded(file: str | None) -> list[Any]:
+        if file is None:
+            raise PowersteerError("there is no picture: choose a PNG that was made here")
         wish = studio.reload(Path(file))
         if not all(one.drawing for one in wish.conditions):
             gr.Warning("The picture does not carry its drawing: only its settings were reloaded.")
@@ -182,17 +191,18 @@ def _draw_tab(page: gr.Blocks, studio: Studio) -> list[gr.Dropdown]:
             ]
         return told
 
-    go.click(generate, inputs, outputs, trigger_mode="once", show_progress="hidden", **_COMPUTE)
-    later: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden", **_COMPUTE}
+    go.click(generate, inputs, outputs, trigger_mode="once", show_progress="hidden", **_RAW, **_COMPUTE)
+    later: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden", **_RAW, **_COMPUTE}
     for slot in slots:
         slot[1].input(sketch, [live, *inputs], outputs, **later)
     for box in (prompt, seed):
         box.submit(sketch, [live, *inputs], outputs, **later)
 
-    def next_seed(seed: float | None) -> int:
-        return int(seed or 0) + 1
+    @told(studio.work_dir)
+    def next_seed(seed: Any) -> int:
+        return (build_config({"seed": seed or 0}, Seed, where="settings").seed + 1) % (MAX_SEED + 1)
 
-    again.click(next_seed, seed, seed, **_LIGHT).then(sketch, [live, *inputs], outputs, **later)
+    again.click(next_seed, seed, seed, **_RAW, **_LIGHT).success(sketch, [live, *inputs], outputs, **later)
 
     def stop(request: gr.Request) -> None:
         studio.stop(request.session_hash or "")
@@ -230,19 +240,22 @@ def _condition(studio: Studio, index: int, canvas: gr.HTML) -> list[Any]:
         start = gr.Slider(0, 1, 0, step=0.05, label="Start (0: noise)", elem_id=f"start-{index}")
         end = gr.Slider(0, 1, 1, step=0.05, label="End (1: picture)", elem_id=f"end-{index}")
 
-    @_told
-    def extracted(file: str, extractor: str, adapter: str | None) -> Any:
+    @told(studio.work_dir)
+    def extracted(file: dict[str, Any] | None, extractor: Any, adapter: Any) -> Any:
         if not adapter:
             raise PowersteerError("no adapter is chosen: choose one under 'Adapter and strength'")
-        return studio.extract(Path(file), adapter, extractor)
+        if file is None:
+            raise PowersteerError("there is no picture: drop one")
+        asked = build_config({"adapter": adapter, "extractor": extractor}, Extraction, where="settings")
+        return studio.extract(Path(file["path"]), asked.adapter, asked.extractor)
 
-    @_told
-    def chosen(adapter: str | None) -> Any:
+    @told(studio.work_dir)
+    def chosen(adapter: Any) -> Any:
         names = studio.extractors(adapter) if adapter else [AS_IT_IS]
         return gr.Dropdown(choices=names, value=names[0])
 
-    picture.upload(extracted, [picture, extractor, adapter], [canvas], show_progress="minimal", **_COMPUTE)
-    adapter.input(chosen, [adapter], [extractor], **_LIGHT)
+    picture.upload(extracted, [picture, extractor, adapter], [canvas], show_progress="minimal", **_RAW, **_COMPUTE)
+    adapter.input(chosen, [adapter], [extractor], **_RAW, **_LIGHT)
     return [adapter, canvas, scale, start, end]
 
 
@@ -298,39 +311,50 @@ def _train_tab(
         usable = gr.Button(interactive=state.adapter is not None)
         return [told, drawn, picture, usable, gr.Timer(active=running)]
 
-    @_told
-    def look(file: str | None, folder: str, caption: str) -> Any:
-        source = Path(file) if file else Path(folder).expanduser() if local and folder.strip() else None
-        if source is None:
-            raise PowersteerError("there are no pairs: drop a zip" + (", or name a folder" if local else ""))
-        pairs = training.look(source, caption.strip() or None)
-        return pairs, _report(pairs), gr.Gallery(value=list(pairs.shown), visible=True)
+    def looker(first: str) -> Callable[..., Any]:
+        @told(studio.work_dir)
+        def look(request: gr.Request, file: str | None, folder: str | None, caption: str | None) -> Any:
+            zipped, words = None if file is None else Path(file), (caption or "").strip() or None
+            named = named_folder(folder, studio.work_dir) if local and folder and folder.strip() else None
+            source = named or zipped if first == "folder" else zipped or named
+            if source is None:
+                raise PowersteerError("there are no pairs: drop a zip" + (", or name a folder" if local else ""))
+            pairs = training.look(source, words, request.session_hash or "")
+            return pairs, _report(pairs), gr.Gallery(value=list(pairs.shown), visible=True)
 
-    @_told
-    def start(pairs: PairsFound | None, name: str, steps: float, caption: str) -> Any:
+        return look
+
+    @told(studio.work_dir)
+    def start(pairs: PairsFound | None, name: Any, steps: Any, caption: Any) -> Any:
         if pairs is None:
             raise PowersteerError("there are no pairs: drop a zip first")
-        training.start(pairs, name.strip(), max_train_steps=int(steps), default_prompt=caption.strip() or None)
+        given = {"name": name, "max_train_steps": steps, "default_prompt": caption or ""}
+        asked = build_config(given, TrainingWish, where="training")
+        words = asked.default_prompt.strip() or None
+        training.start(pairs, asked.name.strip(), max_train_steps=asked.max_train_steps, default_prompt=words)
         return watch()
 
-    @_told
+    @told(studio.work_dir)
     def stop() -> Any:
         training.stop()
         return watch()
 
-    @_told
+    @told(studio.work_dir)
     def used() -> list[Any]:
-        adapter = str(training.state().adapter)
+        adapter = training.state().adapter
+        if adapter is None:
+            raise PowersteerError("there is no new adapter: train one first")
+        adapter = str(adapter)
         studio.network(adapter)
         choices = studio.adapters()
         others = [gr.Dropdown(choices=choices) for _ in adapters[1:]]
         return [gr.Tabs(selected="draw"), gr.Dropdown(choices=choices, value=adapter), *others]
 
-    checked: dict[str, Any] = {"concurrency_id": "check", "concurrency_limit": 1, "api_visibility": "private"}
+    queued: dict[str, Any] = {"concurrency_id": "check", "concurrency_limit": 1, "api_visibility": "private"}
     sources, seen = [archive, folder, caption], [found, report, pairs]
-    archive.upload(look, sources, seen, show_progress_on=[report], **checked)
-    folder.submit(look, sources, seen, show_progress_on=[report], **checked)
-    begin.click(start, [found, name, steps, caption], watched, show_progress="hidden", **checked)
+    archive.upload(looker("zip"), sources, seen, show_progress_on=[report], **queued)
+    folder.submit(looker("folder"), sources, seen, show_progress_on=[report], **queued)
+    begin.click(start, [found, name, steps, caption], watched, show_progress="hidden", **_RAW, **queued)
     halt.click(stop, None, watched, **_LIGHT)
     use.click(used, None, [tabs, *adapters], **_LIGHT)
     timer.tick(watch, None, watched, **_LIGHT)
@@ -338,6 +362,7 @@ def _train_tab(
 
 
 def _wish(values: Sequence[Any], *, live: bool = False) -> Wish:
+    """What was sent, unchecked; an empty box for the seed is 0."""
     prompt, negative, seed, count, steps, guidance, scheduler, compare, *slots = values
     width = len(slots) // CONDITIONS
     wanted = [Wanted(*slots[i : i + width]) for i in range(0, len(slots), width)]
@@ -346,12 +371,12 @@ def _wish(values: Sequence[Any], *, live: bool = False) -> Wish:
         prompt,
         [one for one in wanted if one.adapter],
         negative_prompt=negative,
-        seed=int(seed or 0),
-        num_images=1 if live else int(count),
-        num_inference_steps=LIVE_STEPS if live else int(steps),
-        guidance_scale=float(guidance),
+        seed=seed or 0,
+        num_images=1 if live else count,
+        num_inference_steps=LIVE_STEPS if live else steps,
+        guidance_scale=guidance,
         scheduler=LIVE_SCHEDULER if live else own,
-        compare=bool(compare),
+        compare=compare,
     )
 
 
@@ -416,36 +441,6 @@ def _status(words: str, share: float | None = None, *, wait: bool = False) -> st
     if share is not None:
         bar = f'<progress max="1" value="{share:.3f}"></progress>'
     return f'<div class="status" role="status">{html.escape(words)}{bar}</div>'
-
-
-def _told(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler whose errors are messages: what the person can mend in full, anything else in the server's log."""
-
-    def message(error: Exception) -> gr.Error:
-        if isinstance(error, PowersteerError):
-            return gr.Error(html.escape(str(error)), print_exception=False)
-        logging.getLogger(__name__).exception("in %s", handler.__name__, exc_info=error)
-        return gr.Error("Something went wrong; the terminal that runs the studio says what.", print_exception=False)
-
-    if inspect.isgeneratorfunction(handler):
-
-        @functools.wraps(handler)
-        def told_in_parts(*values: Any, **more: Any) -> Iterator[Any]:
-            try:
-                yield from handler(*values, **more)
-            except Exception as error:
-                raise message(error) from None
-
-        return told_in_parts
-
-    @functools.wraps(handler)
-    def told(*values: Any, **more: Any) -> Any:
-        try:
-            return handler(*values, **more)
-        except Exception as error:
-            raise message(error) from None
-
-    return told
 
 
 def _asset(name: str) -> str:

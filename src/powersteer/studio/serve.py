@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import tempfile
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,16 @@ from PIL import Image
 
 from powersteer.base import EMBEDDED_ADAPTERS, EMBEDDED_BASE
 from powersteer.errors import PowersteerError
+from powersteer.studio.folders import make_room, work_folder
+from powersteer.studio.guard import Guard
 from powersteer.studio.uploads import MAX_PIXELS
 
 QUEUE = 32
 """Events that may wait; more are refused."""
-MAX_UPLOAD = "512mb"
-# Nothing is fetched from elsewhere, and no other page may frame this one. Gradio compiles templates in the browser.
-_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
-    "frame-ancestors 'self'; form-action 'self'; base-uri 'self'"
-)
+MAX_UPLOAD = 512_000_000
+"""Bytes."""
+_NAMES = ("127.0.0.1", "localhost", "[::1]")
+"""Of this machine."""
 
 
 @contextmanager
@@ -52,28 +50,36 @@ def served(
         PowersteerError: Others could reach it without a password, Gradio is not installed, base or adapters cannot be
             loaded, or the port is taken.
     """
-    local = is_loopback(host)
-    credentials = _credentials(auth)
-    if not local and credentials is None:
+    host, credentials = host.removeprefix("[").removesuffix("]"), _credentials(auth)
+    local = is_loopback(host) and credentials is None  # behind a proxy, whoever comes seems to come from here
+    if not is_loopback(host) and credentials is None:
         raise PowersteerError(f"others can reach {host}: give --auth user:password, or leave --host out")
     if find_spec("gradio") is None:
         raise PowersteerError("the studio needs Gradio: pip install 'powersteer[studio]'")
-    with tempfile.TemporaryDirectory(prefix="powersteer-studio-") as folder, _picture_limit():
-        work_dir = Path(folder)
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        os.environ["GRADIO_TEMP_DIR"] = str(work_dir / "gradio")
+    with work_folder() as work_dir, _gradio_in(work_dir / "gradio"), _picture_limit():
         from powersteer.studio.page import build, style, theme
         from powersteer.studio.training import Training
-        from powersteer.studio.work import Studio
+        from powersteer.studio.work import KEPT_BYTES, Studio
 
         if not adapters and base == EMBEDDED_BASE:
             adapters = list(EMBEDDED_ADAPTERS)
         studio, training = Studio(base, adapters, adapters_dir, work_dir), Training(base, adapters_dir, work_dir)
         page = build(studio, training, local=local)
+        named = f"[{host}]" if ":" in host else host
+        names = {*_NAMES, named} if local else None
+
+        @asynccontextmanager
+        async def guarded(app: Any) -> AsyncGenerator[None]:
+            # Gradio's own middleware, which answers other origins, stands outside of any that it is given.
+            app.middleware_stack = Guard(
+                app.middleware_stack, names, lambda: make_room(studio.uploads, KEPT_BYTES - MAX_UPLOAD)
+            )
+            yield
+
         page.queue(max_size=QUEUE, api_open=False, default_concurrency_limit=4)
         try:
             _, address, _ = page.launch(
-                server_name=host,
+                server_name=named,
                 server_port=port,
                 auth=credentials,
                 prevent_thread_lock=True,
@@ -85,15 +91,18 @@ def served(
                 mcp_server=False,
                 enable_monitoring=False,
                 run_history=False,
+                num_workers=0,
                 footer_links=[],
                 max_file_size=MAX_UPLOAD,
                 theme=theme(),
                 css=style(),
-                app_kwargs={"middleware": [_policy()], "docs_url": None, "redoc_url": None, "openapi_url": None},
+                app_kwargs={"lifespan": guarded, "docs_url": None, "redoc_url": None, "openapi_url": None},
             )
         except OSError as error:
             raise PowersteerError(f"cannot listen on {host}: {error}; give another --port") from None
         try:
+            if not isinstance(page.app.middleware_stack, Guard):
+                raise PowersteerError("this Gradio cannot be guarded: pip install -U 'powersteer[studio]'")
             yield address
         finally:
             training.close()
@@ -108,6 +117,21 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+@contextmanager
+def _gradio_in(folder: Path) -> Generator[None]:
+    """Gradio keeps its files there, and tells nobody that it is used."""
+    wanted = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -127,27 +151,3 @@ def _credentials(auth: str | None) -> tuple[str, str] | None:
     if not (user and colon and password):
         raise PowersteerError("--auth is user:password, neither of them empty")
     return user, password
-
-
-def _policy() -> Any:
-    """Middleware that tells browsers where they may load from."""
-    from starlette.middleware import Middleware
-
-    class Policy:
-        def __init__(self, app: Any) -> None:
-            self.app = app
-
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            async def with_headers(message: Any) -> None:
-                if message["type"] == "http.response.start":
-                    message["headers"] = [
-                        *message.get("headers", []),
-                        (b"content-security-policy", _POLICY.encode()),
-                        (b"x-content-type-options", b"nosniff"),
-                        (b"referrer-policy", b"same-origin"),
-                    ]
-                await send(message)
-
-            await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
-
-    return Middleware(Policy)

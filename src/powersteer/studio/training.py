@@ -7,35 +7,20 @@ import re
 import signal
 import subprocess
 import sys
-import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
 from powersteer.base import EMBEDDED_BASE
 from powersteer.config import build_config, save_config
-from powersteer.data.check import DataReport, check_pairs
-from powersteer.data.layouts import read_rows
 from powersteer.errors import PowersteerError
-from powersteer.studio.uploads import unpack_pairs
+from powersteer.studio.folders import without_place
+from powersteer.studio.pairs import PairsFound, Unpacked, look_through
 from powersteer.training.config import TINY_LEARNING_RATE, TrainConfig
 from powersteer.training.monitor import LOG
 
-SHOWN_PAIRS = 12
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
-
-
-@dataclass(frozen=True)
-class PairsFound:
-    """A folder of pairs, looked through."""
-
-    folder: Path
-    report: DataReport
-    shown: list[tuple[Image.Image, str]]
-    """Condition beside picture, and the caption, of some."""
 
 
 @dataclass(frozen=True)
@@ -64,38 +49,26 @@ class Training:
     def __init__(self, base: str, adapters_dir: Path, work_dir: Path) -> None:
         self.base, self.adapters_dir, self.work_dir = base, adapters_dir, work_dir
         self._process: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
         self._output_dir: Path | None = None
         self._stopped = False
+        self._unpacked = Unpacked(work_dir / "pairs", lambda: self._folder if self.running else None)
 
-    def look(self, source: Path, default_prompt: str | None = None) -> PairsFound:
+    def look(self, source: Path, default_prompt: str | None = None, who: str = "") -> PairsFound:
         """Look through pairs.
 
         Args:
             source: A zip, or a folder.
             default_prompt: Caption of pairs that have none.
+            who: Of each visitor, the last zip is kept.
 
         Raises:
-            PowersteerError: It cannot be unpacked, holds no pairs, or a picture in it is too large.
+            PowersteerError: It cannot be unpacked, holds no pairs, leads out of itself, or a picture in it is too
+                large; then nothing is left of it.
         """
-        folder = source
-        if not source.is_dir():
-            folder = unpack_pairs(source, self.work_dir / "pairs" / uuid.uuid4().hex)
-        rows = read_rows(folder, None, [])
-        for picture in (picture for row in rows for picture in (row.image, row.conditioning_image)):
-            if source.is_dir():
-                break  # a folder of this machine may point wherever its owner wants
-            if picture.file is None or not picture.file.resolve().is_relative_to(folder.resolve()):
-                raise PowersteerError(f"{source.name} names pictures that are not in it: pack them too")
-        report = check_pairs(folder, default_prompt=default_prompt)
-        errors, warnings = (
-            [line.replace(f"{folder}/", "") for line in part] for part in (report.errors, report.warnings)
-        )
-        shown: list[tuple[Image.Image, str]] = []
-        for row in rows[:SHOWN_PAIRS]:
-            with suppress(PowersteerError):
-                pair = _side_by_side(row.conditioning_image.open("RGB"), row.image.open("RGB"))
-                shown.append((pair, row.text or default_prompt or ""))
-        return PairsFound(folder, DataReport(report.facts, errors, warnings), shown)
+        if source.is_dir():
+            return look_through(source, source.name, default_prompt)
+        return self._unpacked.look(source, who, default_prompt)
 
     def start(self, found: PairsFound, name: str, **settings: Any) -> None:
         """Begin to train, with the preset for few pairs.
@@ -112,6 +85,8 @@ class Training:
             raise PowersteerError("a training is running: stop it first, or wait for its end")
         if found.report.errors:
             raise PowersteerError(f"these pairs cannot be trained on: {found.report.errors[0]}")
+        if not found.folder.is_dir():
+            raise PowersteerError("these pairs made room for later ones: drop the zip again")
         if not _NAME.fullmatch(name):
             raise PowersteerError(f"'{name}' cannot be a folder's name: take up to 40 letters, digits, - and _")
         output_dir = self.adapters_dir / name
@@ -135,9 +110,9 @@ class Training:
         file = self.work_dir / "train.yaml"
         save_config(config, file)
         with (self.work_dir / "train.log").open("wb") as log:
-            command = [sys.executable, "-m", "powersteer.cli", "train", str(file)]
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        self._output_dir, self._stopped = output_dir, False
+            command = [sys.executable, "-m", "powersteer.studio.attended", str(file)]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        self._output_dir, self._folder, self._stopped = output_dir, found.folder, False
 
     @property
     def running(self) -> bool:
@@ -158,6 +133,7 @@ class Training:
                 self._process.wait(seconds)
             except subprocess.TimeoutExpired:
                 self._process.kill()
+                self._process.wait()
 
     def state(self) -> TrainingState:
         """What is known now."""
@@ -181,7 +157,9 @@ class Training:
     def _fault(self) -> str:
         lines = (self.work_dir / "train.log").read_text(encoding="utf-8", errors="replace").splitlines()
         told = [line.strip() for line in lines if line.startswith("error:")]
-        return told[-1].removeprefix("error: ") if told else "it ended unexpectedly; the terminal's log has more"
+        if not told:
+            return "it ended unexpectedly: train from the command line to see more"
+        return without_place(told[-1].removeprefix("error: ").replace(f"{self._folder}/", ""), self.work_dir)
 
 
 def _rows(log: Path) -> list[dict[str, Any]]:
@@ -191,11 +169,3 @@ def _rows(log: Path) -> list[dict[str, Any]]:
             with suppress(ValueError):  # the last line may be half written
                 rows.append(json.loads(line))
     return rows
-
-
-def _side_by_side(condition: Image.Image, picture: Image.Image, height: int = 160) -> Image.Image:
-    parts = [part.resize((max(1, part.width * height // part.height), height)) for part in (condition, picture)]
-    sheet = Image.new("RGB", (sum(part.width for part in parts) + 4, height), "#888888")
-    sheet.paste(parts[0], (0, 0))
-    sheet.paste(parts[1], (parts[0].width + 4, 0))
-    return sheet

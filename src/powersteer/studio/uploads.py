@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import shutil
 import stat
 import zipfile
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from powersteer.data.layouts import PICTURE_SUFFIXES
+from powersteer.core.files import reason_of, write_whole
+from powersteer.core.images import picture_formats, picture_suffixes
 from powersteer.errors import PowersteerError
 
 MAX_PIXELS = 50_000_000
@@ -20,10 +21,10 @@ MAX_PIXELS = 50_000_000
 MAX_DRAWING_BYTES = 4_000_000
 MAX_DRAWING_SIDE = 1024
 MAX_FILES = 20_000
+MAX_DEPTH = 20
 MAX_UNPACKED_BYTES = 2_000_000_000
 MAX_PACKING = 200
 """Times that a file may be smaller in its zip: drawings pack well, bombs a thousandfold."""
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _CHUNK = 1 << 20
 _SYSTEM = ("__MACOSX", ".DS_Store", "Thumbs.db")
 """What operating systems put into zips."""
@@ -33,14 +34,14 @@ def check_picture(file: Path) -> None:
     """Refuse what is no picture, or too large a one; no pixel is decoded.
 
     Raises:
-        PowersteerError: It is none of PNG, JPEG, WebP, BMP, GIF or TIFF, or has more than `MAX_PIXELS`.
+        PowersteerError: It is of no format that is read here, or has more than `MAX_PIXELS`.
     """
     try:
-        with Image.open(file, formats=_FORMATS) as picture:
+        with Image.open(file, formats=picture_formats()) as picture:
             width, height = picture.size
     except Image.DecompressionBombError:
         raise PowersteerError(f"{file.name} is too large: give a picture of {MAX_PIXELS // 10**6} megapixels") from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError):
+    except Exception:  # Pillow's readers raise whatever they meet
         raise PowersteerError(f"{file.name} is not a readable picture: give a PNG, JPEG or WebP") from None
     if width * height > MAX_PIXELS:
         raise PowersteerError(
@@ -65,7 +66,7 @@ def write_drawing(drawing: str | bytes, file: Path) -> Path:
             raise refusal
         try:
             drawing = base64.b64decode(encoded, validate=True)
-        except binascii.Error:
+        except ValueError:
             raise refusal from None
     if len(drawing) > MAX_DRAWING_BYTES:
         raise refusal
@@ -74,9 +75,9 @@ def write_drawing(drawing: str | bytes, file: Path) -> Path:
             if max(picture.size) > MAX_DRAWING_SIDE:
                 raise refusal
             picture.load()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError):
+    except Exception:  # Pillow's readers raise whatever they meet
         raise refusal from None
-    file.write_bytes(drawing)
+    write_whole(file, drawing)
     return file
 
 
@@ -102,15 +103,16 @@ def unpack_pairs(archive: Path, folder: Path) -> Path:
             for member, path in members:
                 left -= _unpack(packed, member, folder / path, left)
         for _, path in members:
-            if path.suffix.lower() in PICTURE_SUFFIXES:
+            if path.suffix.lower() in picture_suffixes():
                 check_picture(folder / path)
     except PowersteerError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # zipfile and what it decompresses with raise whatever they meet
         shutil.rmtree(folder, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
-        raise PowersteerError(f"{archive.name} cannot be unpacked ({reason}): give a zip without a password") from None
+        raise PowersteerError(
+            f"{archive.name} cannot be unpacked ({reason_of(error)}): give a whole zip without a password"
+        ) from None
     inside = list(folder.iterdir())
     return inside[0] if len(inside) == 1 and inside[0].is_dir() and inside[0].name != "images" else folder
 
@@ -124,8 +126,13 @@ def _checked(members: list[zipfile.ZipInfo]) -> list[tuple[zipfile.ZipInfo, Pure
             raise PowersteerError(f"the zip holds '{member.filename}', which leads out of it: pack the folder anew")
         if stat.S_ISLNK(member.external_attr >> 16):
             raise PowersteerError(f"the zip holds the link '{member.filename}': pack the files themselves")
-        if not member.is_dir() and not any(part in _SYSTEM for part in path.parts):
+        if not member.is_dir() and not any(part in _SYSTEM or part.startswith("._") for part in path.parts):
+            if len(path.parts) > MAX_DEPTH:
+                raise PowersteerError(f"the zip holds folders more than {MAX_DEPTH} deep: pack the pairs alone")
             files.append((member, path))
+    twice = next((path for path, times in Counter(path for _, path in files).items() if times > 1), None)
+    if twice is not None:
+        raise PowersteerError(f"the zip holds '{twice}' twice: pack the folder anew")
     if not files:
         raise PowersteerError("the zip is empty: pack the folder of pairs")
     if len(files) > MAX_FILES:

@@ -23,14 +23,15 @@ from PIL import Image, ImageOps
 from powersteer.base import EMBEDDED_BASE, load_adapter, load_base
 from powersteer.conditions.extractor import EXTRACTORS, Extractor, Subject
 from powersteer.conditions.kinds import FEATURE
-from powersteer.conditions.sketch import open_picture
+from powersteer.conditions.layers import on_paper
 from powersteer.config import build_config
+from powersteer.core.files import read_bytes
+from powersteer.core.images import open_picture
 from powersteer.errors import PowersteerError
 from powersteer.evaluation.lines import line_f1
 from powersteer.generate import (
     GenerateSettings,
     PictureJob,
-    Scheduler,
     condition_of,
     make_scheduler,
     steered_pictures,
@@ -39,51 +40,23 @@ from powersteer.metadata import read_metadata, save_picture
 from powersteer.model import BPSModel
 from powersteer.pictures import from_pil, to_pil
 from powersteer.steering import check_fits
+from powersteer.studio.folders import make_room
 from powersteer.studio.progress import Progress, Watch, reported
 from powersteer.studio.recipe import parse, record_of
 from powersteer.studio.uploads import check_picture, write_drawing
+from powersteer.studio.wishes import CONDITIONS, MAX_SEED, Wanted, Wish, checked
 
 CANVAS_SIDE = 512
 BATCH_SIZE = 4
-MAX_IMAGES, MAX_STEPS = 8, 100
-"""Of one wish."""
-LIVE_STEPS, LIVE_SCHEDULER = 6, "unipc"
-"""While drawing."""
 AS_IT_IS = "none: it is a drawing"
 KEPT_RESULTS = 200
 """Folders; older ones make room."""
+KEPT_BYTES = 4_000_000_000
+"""Of what Gradio keeps of uploads and pictures; the oldest makes room."""
 KEPT_PRIORS = 64
 """Pictures: while a drawing grows, the prior's stays as it is."""
 _WIDEST = 1024
 """Pixels a side that an extractor is given at most."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What one condition is to do."""
-
-    adapter: str
-    drawing: str | None
-    """A PNG as a data URL."""
-    scale: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a person asked for."""
-
-    prompt: str
-    conditions: Sequence[Wanted]
-    negative_prompt: str = ""
-    seed: int = 0
-    num_images: int = 1
-    num_inference_steps: int = LIVE_STEPS
-    guidance_scale: float = 3.0
-    scheduler: Scheduler | None = LIVE_SCHEDULER
-    compare: bool = False
-    """With the prior, from the same noise."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +150,7 @@ class Studio:
             PowersteerError: Something is missing or wrong.
             Stopped: `stop` was called.
         """
+        wish = checked(wish)
         given = [one for one in wish.conditions if one.adapter]
         if not wish.prompt.strip():
             raise PowersteerError("the prompt is empty: say what the drawing shows, such as 'a fox'")
@@ -185,8 +159,6 @@ class Studio:
         blank = next((i for i, one in enumerate(given, 1) if not one.drawing), None)
         if blank is not None:
             raise PowersteerError(f"canvas {blank} is empty: draw something, or start from a picture")
-        if not 1 <= wish.num_images <= MAX_IMAGES or wish.num_inference_steps > MAX_STEPS:
-            raise PowersteerError(f"that is too much at once: at most {MAX_IMAGES} pictures of {MAX_STEPS} steps")
         settings = build_config(
             {
                 "adapter": tuple(one.adapter for one in given),
@@ -206,7 +178,7 @@ class Studio:
                 prompt=wish.prompt,
                 condition=tuple(files),
                 negative_prompt=wish.negative_prompt,
-                seed=wish.seed + i,
+                seed=(wish.seed + i) % (MAX_SEED + 1),
             )
             for i in range(wish.num_images)
         ]
@@ -317,7 +289,13 @@ class Studio:
         self._results.append(folder)
         while len(self._results) > KEPT_RESULTS:
             shutil.rmtree(self._results.popleft(), ignore_errors=True)
+        make_room(self.uploads, KEPT_BYTES)
         return folder
+
+    @property
+    def uploads(self) -> Path:
+        """Where Gradio keeps uploads, and copies of the pictures that it shows."""
+        return self.work_dir / "gradio"
 
     # From pictures
 
@@ -338,7 +316,9 @@ class Studio:
         kind: Any = self.kind(adapter)
         if kind == FEATURE:
             raise PowersteerError("this adapter reads feature maps, which cannot be drawn: use `powersteer generate`")
-        found = open_picture(picture)
+        if extractor not in self.extractors(adapter):
+            raise PowersteerError(f"there is no extractor '{extractor}' for this adapter: choose one of the menu")
+        found = on_paper(open_picture(read_bytes(picture), picture.name))
         if extractor == AS_IT_IS:
             paper: Any = found.getpixel((0, 0))
             return as_data_url(ImageOps.pad(found, (CANVAS_SIDE, CANVAS_SIDE), color=paper))
@@ -366,6 +346,10 @@ class Studio:
             raise PowersteerError(f"{picture.name} was made on {settings.base}: start the studio with --base for it")
         if settings.init_image is not None:
             raise PowersteerError(f"{picture.name} started from another picture: use `powersteer generate` for it")
+        if settings.prepared or not 1 <= len(settings.adapter) <= CONDITIONS:
+            raise PowersteerError(
+                f"{picture.name} was not made of one to {CONDITIONS} drawings: use `powersteer generate`"
+            )
         for name in settings.adapter:
             self.network(name)
         drawings: list[str | None] = [None] * len(settings.adapter)
@@ -373,20 +357,23 @@ class Studio:
             folder = self._new_folder()
             for i, content in enumerate(metadata.conditions[: len(drawings)]):
                 drawings[i] = as_data_url(Image.open(write_drawing(content, folder / f"drawing-{i + 1}.png")))
-        spans = [
-            list(value) * (len(drawings) // len(value)) for value in (settings.scale, settings.start, settings.end)
-        ]
-        return Wish(
-            job.prompt,
-            [
-                Wanted(*each)  # (adapter, drawing, scale, start, end)
-                for each in zip(settings.adapter, drawings, *spans, strict=True)
-            ],
-            negative_prompt=job.negative_prompt,
-            seed=job.seed,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            scheduler=settings.scheduler,
+        spans: list[Sequence[float]] = [settings.scale, settings.start, settings.end]
+        if any(len(span) not in (1, len(drawings)) for span in spans):
+            raise PowersteerError(f"the settings in {picture.name} are not one for each adapter, or one for all")
+        each = [span if len(span) == len(drawings) else [*span] * len(drawings) for span in spans]
+        return checked(
+            Wish(
+                job.prompt,
+                [
+                    Wanted(*one)  # (adapter, drawing, scale, start, end)
+                    for one in zip(settings.adapter, drawings, *each, strict=True)
+                ],
+                negative_prompt=job.negative_prompt,
+                seed=job.seed,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                scheduler=settings.scheduler,
+            )
         )
 
 
