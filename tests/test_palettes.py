@@ -65,6 +65,11 @@ def test_a_palette_of_ones_own(tmp_path):
         (None, "there is no palette '.*mine.json': give ade20k, coco-stuff, openmoji, or a JSON file"),
         ("{", "is not JSON"),
         ("[]", "is no palette: it must hold"),
+        ("[" * 100_000, "mine.json is not JSON: nested deeper than 100 levels"),
+        ('{"sea": [1, 2, 3], "sea": [3, 2, 1]}', "'sea' comes twice"),
+        ('{"sea": [1, 2, NaN]}', "NaN is no number"),
+        ('{"sea": [1, 2, ' + "9" * 6000 + "]}", "has 6000 digits, more than 300"),
+        ('{"\\ud83d": [1, 2, 3]}', "half a character"),
         ('{"sea": [0, 0]}', "'sea' is .* not three whole numbers from 0 to 255"),
         ('{"sea": [0, 0, 256]}', "not three whole numbers"),
         ('{"sea": [1, 2, 3], "land": [1, 2, 3]}', "'sea' and 'land' have one colour"),
@@ -75,6 +80,14 @@ def test_what_is_no_palette_is_refused(tmp_path, content, message):
         (tmp_path / "mine.json").write_text(content)
     with pytest.raises(PowersteerError, match=message):
         Palette.find(str(tmp_path / "mine.json"))
+
+
+def test_a_palette_with_a_byte_order_mark_and_names_that_no_file_can_have(tmp_path):
+    (tmp_path / "mine.json").write_bytes(b"\xef\xbb\xbf" + '{"wörter": [0, 0, 200]}'.encode())
+    assert Palette.find(str(tmp_path / "mine.json")).names == ("wörter",)
+    for name in ("a" * 5000, "a\0b", str(tmp_path)):
+        with pytest.raises(PowersteerError, match="there is no palette"):
+            Palette.find(name)
 
 
 def test_labels_that_it_has_not_are_refused():

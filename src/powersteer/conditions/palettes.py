@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,8 @@ from PIL import Image
 
 from powersteer.conditions.kinds import extractor_record
 from powersteer.config import StrictConfig
+from powersteer.core.files import is_file, read_bytes
+from powersteer.core.text import parse_json, parse_object
 from powersteer.errors import PowersteerError
 
 BUILT_IN = ("ade20k", "coco-stuff", "openmoji")
@@ -26,6 +27,8 @@ BUILT_IN = ("ade20k", "coco-stuff", "openmoji")
 n is colour n of the PASCAL VOC map (`voc_colours`). ``openmoji``: the colours that its artists paint with."""
 NO_LABEL = -1
 """Drawn black."""
+_AT_ONCE = 1 << 20
+"""Differences of colours in memory."""
 
 Labels = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
@@ -47,22 +50,19 @@ class Palette:
             PowersteerError: There is no such palette, or the file is no such object, or two classes share a colour.
         """
         if name_or_path in BUILT_IN:
-            content = (files("powersteer") / "assets" / "palettes" / f"{name_or_path}.json").read_text("utf-8")
-            return cls.of_table(json.loads(content))
+            content = (files("powersteer") / "assets" / "palettes" / f"{name_or_path}.json").read_bytes()
+            return cls.of_table(parse_object(content, name_or_path))
         path = Path(name_or_path)
-        if not path.is_file():
+        if not is_file(path):
             known = ", ".join(BUILT_IN)
             raise PowersteerError(f"there is no palette '{name_or_path}': give {known}, or a JSON file")
-        try:
-            table: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PowersteerError(f"{path} is not JSON: {' '.join(str(error).split())}") from None
+        table = parse_json(read_bytes(path), str(path))
         if not isinstance(table, dict) or not table:
             raise PowersteerError(f'{path} is no palette: it must hold {{"name": [r, g, b], …}}')
         seen: dict[tuple[int, ...], str] = {}
         for name, colour in table.items():
             if not _is_colour(colour):
-                raise PowersteerError(f"{path}: '{name}' is {colour}, not three whole numbers from 0 to 255")
+                raise PowersteerError(f"{path}: '{name}' is {str(colour)[:40]}, not three whole numbers from 0 to 255")
             if (other := seen.setdefault(tuple(colour), name)) != name:
                 raise PowersteerError(f"{path}: '{other}' and '{name}' have one colour, {colour}: give each its own")
         return cls.of_table(table)
@@ -121,9 +121,10 @@ class Palette:
         distinct = packed[:, None] >> np.array([16, 8, 0]) & 255  # (M, 3)
         colours = np.concatenate([self.colours.astype(np.int64), np.zeros((1, 3), dtype=np.int64)])
         nearest = np.empty(len(distinct), dtype=np.int64)
-        for start in range(0, len(distinct), 4096):
-            part = distinct[start : start + 4096, None] - colours  # (m, N + 1, 3)
-            nearest[start : start + 4096] = (part**2).sum(-1).argmin(-1)
+        step = max(1, _AT_ONCE // len(colours))
+        for start in range(0, len(distinct), step):
+            part = distinct[start : start + step, None] - colours  # (m, N + 1, 3)
+            nearest[start : start + step] = (part**2).sum(-1).argmin(-1)
         nearest[nearest == len(self)] = NO_LABEL
         return nearest[places].reshape(pixels.shape[:2])
 

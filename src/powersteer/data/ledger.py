@@ -12,12 +12,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from powersteer.core.files import write_whole
+from powersteer.core.files import is_file, read_bytes, reason_of, write_whole
+from powersteer.core.text import parse_object
 from powersteer.data.make import Outcome
 from powersteer.errors import PowersteerError
 
 FOLDER = "rows"
 PAIRS_A_SHARD = 1000
+_KINDS: dict[str, Any] = {
+    "key": str,
+    "name": str,
+    "split": str,
+    "row": (dict, type(None)),
+    "reason": (str, type(None)),
+}
+"""Of a line."""
 
 
 class Ledger:
@@ -45,7 +54,7 @@ class Ledger:
             self._log = self.path.open("a", encoding="utf-8")
             self._rejected = self.rejected_path.open("a", encoding="utf-8", newline="")
         except OSError as error:
-            raise PowersteerError(f"cannot write {self.path}: {error.strerror}") from None
+            raise PowersteerError(f"cannot write {self.path}: {reason_of(error)}") from None
 
     def add(self, outcome: Outcome) -> None:
         """Write an outcome down.
@@ -61,7 +70,7 @@ class Ledger:
                 self._rejected.write(_csv([outcome]))
                 self._rejected.flush()
         except OSError as error:
-            raise PowersteerError(f"cannot write {self.path}: {error.strerror}") from None
+            raise PowersteerError(f"cannot write {self.path}: {reason_of(error)}") from None
 
     def close(self) -> None:
         """Close the files."""
@@ -76,12 +85,12 @@ def log_path(out_dir: Path, part: int, parts: int) -> Path:
 
 def read_log(path: Path) -> Iterator[Outcome]:
     """The outcomes of a log, as far as it is whole; none without one."""
-    if not path.exists():
+    if not is_file(path):
         return
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in read_bytes(path).split(b"\n"):
         try:
-            yield Outcome(**json.loads(line))
-        except (ValueError, TypeError):
+            yield _outcome(parse_object(line, str(path)))
+        except (PowersteerError, TypeError):
             return
 
 
@@ -133,7 +142,7 @@ class Shards:
                 for file in self._files(outcome).values():
                     file.unlink(missing_ok=True)
         except OSError as error:
-            raise PowersteerError(f"cannot write {path}: {error.strerror}") from None
+            raise PowersteerError(f"cannot write {path}: {reason_of(error)}") from None
 
     def _members(self, outcome: Outcome) -> Iterator[tuple[str, bytes]]:
         row = outcome.row or {}
@@ -146,6 +155,12 @@ class Shards:
         row: dict[str, Any] = outcome.row or {}
         columns = {"image": "file_name", "conditioning_image": "conditioning_image_file_name"}
         return {column: self.out_dir / outcome.split / row[name] for column, name in columns.items()}
+
+
+def _outcome(said: dict[str, Any]) -> Outcome:
+    if not all(isinstance(said.get(key), kind) for key, kind in _KINDS.items()):
+        raise TypeError
+    return Outcome(**said)
 
 
 def _line(outcome: Outcome) -> str:

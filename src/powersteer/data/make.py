@@ -16,8 +16,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from powersteer.conditions.extractor import Box, Extractor, Registered, Subject
-from powersteer.core.files import write_whole
-from powersteer.data.check import ALIKE, ALIKE_COLOURS, perceptual_hash
+from powersteer.core.console import printable
+from powersteer.core.files import reason_of, write_whole
+from powersteer.data.looks import alike, perceptual_hash, thumbnail
 from powersteer.data.pairs import same_aspect
 from powersteer.data.sources.base import Captions, Item
 from powersteer.errors import PowersteerError
@@ -61,18 +62,17 @@ class Measures:
 
 
 def measure(item: Item) -> Measures | None:
-    """Of a held-out item; None where it cannot be read."""
+    """Of a held-out item; None where it cannot be read, which is told when it is made."""
     try:
         loaded = item.load()
-    except PowersteerError:
+    except Exception:  # as in `Maker`
         return None
     return _measures(item, loaded.subject.picture, loaded.content)
 
 
 def _measures(item: Item, picture: Image.Image, content: bytes | None) -> Measures:
     digest = hashlib.sha256(content if content is not None else picture.tobytes()).hexdigest()
-    thumbnail = np.asarray(picture.resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
-    return Measures(item.name, item.concept, digest, perceptual_hash(picture), thumbnail)
+    return Measures(item.name, item.concept, digest, perceptual_hash(picture), thumbnail(picture))
 
 
 class HeldOut:
@@ -101,9 +101,8 @@ class HeldOut:
             raise PowersteerError(f"held out too, as '{same}': the same subject")
         if measures.digest in self.digests:
             raise PowersteerError(f"held out too, as '{self.digests[measures.digest]}': the same file")
-        for i in np.flatnonzero(self.shapes @ measures.shape >= 256 - 2 * ALIKE):
-            if np.abs(self.colours[i] - measures.colours).mean() <= ALIKE_COLOURS:
-                raise PowersteerError(f"looks like '{self.names[i]}', which is held out")
+        for i, _ in alike(self.shapes, self.colours, measures.shape[None], measures.colours[None])[:1]:
+            raise PowersteerError(f"looks like '{self.names[i]}', which is held out")
 
 
 @dataclass(frozen=True)
@@ -146,9 +145,11 @@ class Maker:
         try:
             picture, suffix, condition = self._make(item)
         except PowersteerError as error:
-            return Outcome(job.key, item.name, item.split, None, str(error))
+            return Outcome(job.key, item.name, item.split, None, printable(str(error)))
         except Exception as error:  # of 118,000 pictures one will meet a fault of some library
-            return Outcome(job.key, item.name, item.split, None, f"{type(error).__name__}: {error}")
+            return Outcome(
+                job.key, item.name, item.split, None, printable(f"{type(error).__name__}: {reason_of(error)}")
+            )
         condition_suffix = ".png" if isinstance(condition, Image.Image) else ".npy"
         files = {
             f"images/{job.key}{suffix}": picture,
@@ -192,10 +193,19 @@ class Maker:
 
 
 def scaled(subject: Subject, resolution: int) -> Subject:
-    """A subject with its shorter side of ``resolution`` pixels; label maps without interpolation."""
+    """A subject with its shorter side of ``resolution`` pixels; label maps without interpolation.
+
+    Raises:
+        PowersteerError: It is so long that it would be no readable picture any more.
+    """
     width, height = subject.picture.size
     zoom = resolution / min(width, height)
     size = max(resolution, round(width * zoom)), max(resolution, round(height * zoom))
+    most = 2 * (Image.MAX_IMAGE_PIXELS or size[0] * size[1])
+    if size[0] * size[1] > most:
+        raise PowersteerError(
+            f"at this resolution it has {size[0]}×{size[1]} pixels, more than {most // 10**6} million"
+        )
     across, down = size[0] / width, size[1] / height
     labels, boxes = subject.labels, subject.boxes
     if labels is not None:

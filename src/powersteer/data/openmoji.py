@@ -19,6 +19,9 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from powersteer.core.console import PlainConsole
+from powersteer.core.files import is_file, reason_of, write_whole
+from powersteer.core.text import read_object
 from powersteer.data.svg import rasterise
 from powersteer.errors import PowersteerError
 
@@ -80,13 +83,13 @@ def prepare_openmoji(out_dir: Path, size: int = 64) -> Path:
         "conditioning": {"kind": "sketch", "channels": 1, "range": [0, 1], "polarity": "ink 1 on 0"},
     }
     done = out_dir / "dataset.json"
-    if done.exists() and json.loads(done.read_text(encoding="utf-8")) == description:
+    if is_file(done) and read_object(done) == description:
         return out_dir
     splits = split_by_concept([drawing.concept for drawing in drawings])
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         rows: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-        for drawing in track(drawings, "drawing OpenMoji pairs", transient=True):
+        for drawing in track(drawings, "drawing OpenMoji pairs", console=PlainConsole(stderr=True), transient=True):
             split = splits[drawing.concept]
             picture, ink = draw_pair(drawing.svg.read_text(encoding="utf-8"), size)
             if ink.max() < 128:
@@ -103,11 +106,11 @@ def prepare_openmoji(out_dir: Path, size: int = 64) -> Path:
             }
             rows[split].append(json.dumps(row, ensure_ascii=False))
         for split, lines in rows.items():
-            (out_dir / split / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (out_dir / "LICENSE.txt").write_text(NOTICE.format(version=release), encoding="utf-8")
-        done.write_text(json.dumps(description, indent=2), encoding="utf-8")
+            write_whole(out_dir / split / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
+        write_whole(out_dir / "LICENSE.txt", NOTICE.format(version=release).encode())
+        write_whole(done, json.dumps(description, indent=2).encode())
     except OSError as error:
-        raise PowersteerError(f"cannot write the pairs to {out_dir}: {error.strerror}") from None
+        raise PowersteerError(f"cannot write the pairs to {out_dir}: {reason_of(error)}") from None
     return out_dir
 
 

@@ -16,15 +16,19 @@ from filelock import FileLock, Timeout
 from PIL import ImageColor
 from pydantic import Field, field_validator, model_validator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from powersteer.conditions.extractor import EXTRACTORS, Registered, Task
 from powersteer.config import StrictConfig
-from powersteer.core.files import write_whole
+from powersteer.core.console import PlainColumn, PlainConsole
+from powersteer.core.files import is_file, reason_of, write_whole
+from powersteer.core.text import parse_json, read_text
+from powersteer.data.findings import Finding, finding
 from powersteer.data.ledger import FOLDER, Ledger, Shards, log_path, read_log, rejected_table
 from powersteer.data.make import HeldOut, Job, Measures, Outcome, Recipe, measure
 from powersteer.data.sources import OPENMOJI, find_source
 from powersteer.data.sources.base import Captions, Item, Source, Wanted
+from powersteer.data.splits import is_held_out
 from powersteer.data.workers import available, in_processes
 from powersteer.errors import PowersteerError
 
@@ -48,17 +52,17 @@ class PrepareConfig(StrictConfig):
     """Of the extractor."""
     captions: Captions = "all"
     """Of a picture with several: all of them, the first, or one at random."""
-    resolution: int | None = Field(default=None, ge=8)
+    resolution: int | None = Field(default=None, ge=8, le=8192)
     """Pixels of the shorter side; without it pictures keep their size, and their files are copied where they can be."""
     background: str = "white"
     """Behind what is transparent."""
     shards: bool = False
     """Write WebDataset shards instead of an ImageFolder."""
-    num_shards: int = Field(default=1, ge=1)
+    num_shards: int = Field(default=1, ge=1, le=99_999)
     """Parts that the work is split into, one a machine."""
     shard_index: int = Field(default=0, ge=0)
     """The part that this machine does."""
-    workers: int | None = Field(default=None, ge=1)
+    workers: int | None = Field(default=None, ge=1, le=1024)
     """Processes; all cores by default."""
 
     @field_validator("background")
@@ -69,6 +73,8 @@ class PrepareConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _part(self) -> PrepareConfig:
+        if "shard_index" in self.model_fields_set and "num_shards" not in self.model_fields_set:
+            raise ValueError("shard_index is the part of how many? Give num_shards too")
         if self.shard_index >= self.num_shards:
             raise ValueError(f"shard_index must be below num_shards, {self.num_shards}, not {self.shard_index}")
         return self
@@ -85,6 +91,8 @@ class Prepared:
     """Of this part; see ``rejected.csv``."""
     complete: bool
     """Whether all parts are done."""
+    findings: list[Finding]
+    """What of the source was not used, or was asked for in vain."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -102,22 +110,45 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Prepared:
         PowersteerError: The source, or a file that describes it all, cannot be read; the extractor lacks something;
             ``out_dir`` holds something else; nothing at all could be made.
     """
-    console = console or Console(stderr=True)
+    console = console or PlainConsole(stderr=True)
     _check_apart(config)
     source = find_source(config.source)
     registered, settings = _extractor(config, source)
     record = registered.build(**settings).record()
     items = source.items(Wanted(config.task, config.background, config.resolution))
     _describe(config, source, items, json.loads(json.dumps(record)))
+    findings = _findings(config, source, items)
     try:
         with FileLock(log_path(config.out_dir, config.shard_index, config.num_shards).with_suffix(".lock"), timeout=0):
-            return _run(config, items, registered, settings, console)
+            return _run(config, items, registered, settings, findings, console)
     except Timeout:
         raise PowersteerError(f"{config.out_dir}: another process is at this part of the work") from None
 
 
+def _findings(config: PrepareConfig, source: Source, items: Sequence[Item]) -> list[Finding]:
+    """What a user may have meant otherwise."""
+    findings: list[Finding] = []
+    for why, names in source.unused.items():
+        findings += finding("warning", "unused", f"{{}} files of the source {why}, and were not used", names)
+    bare = [item.name for item in items if not item.captions]
+    findings += finding("warning", "no_caption", "{} pictures have no caption", bare, "train with default_prompt")
+    if config.captions != "all" and not any(len(item.captions) > 1 for item in items):
+        text = f"no picture has several captions: captions={config.captions} changes nothing"
+        findings.append(Finding("note", "captions", 0, text))
+    root = Path(config.source).resolve()
+    if config.source != OPENMOJI and is_held_out(root.name) and any(item.split == "train" for item in items):
+        text = f"the source is called {root.name}, and is prepared for training all the same"
+        findings.append(Finding("warning", "held_out", 1, text))
+    return findings
+
+
 def _run(
-    config: PrepareConfig, items: Sequence[Item], registered: Registered, settings: dict[str, Any], console: Console
+    config: PrepareConfig,
+    items: Sequence[Item],
+    registered: Registered,
+    settings: dict[str, Any],
+    findings: list[Finding],
+    console: Console,
 ) -> Prepared:
     jobs = [Job(item, key) for item, key in zip(items, keys_of(items), strict=True)]
     mine = jobs[config.shard_index :: config.num_shards]
@@ -130,7 +161,7 @@ def _run(
                 shards.add(outcome)
         done = {(one.split, one.key) for one in ledger.outcomes}
         left = [job for job in mine if (job.item.split, job.key) not in done]
-        bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        bar = (PlainColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*bar, TimeRemainingColumn(), console=console, transient=True) as progress:
             held_out = _held_out(items, left, workers, progress)
             recipe = Recipe(
@@ -157,7 +188,7 @@ def _run(
     refused = [one for one in outcomes if one.row is None]
     if mine and not pairs:
         raise PowersteerError(f"no pair could be made; {refused[0].name}: {refused[0].reason}")
-    return Prepared(config.out_dir, dict(pairs), len(refused), _assemble(config, jobs))
+    return Prepared(config.out_dir, dict(pairs), len(refused), _assemble(config, jobs), findings)
 
 
 def _held_out(items: Sequence[Item], left: Sequence[Job], workers: int, progress: Progress) -> HeldOut:
@@ -232,7 +263,10 @@ def _check_apart(config: PrepareConfig) -> None:
     """What is read must never be written to."""
     if config.source == OPENMOJI:
         return
-    source, out_dir = Path(config.source).resolve(), config.out_dir.resolve()
+    try:
+        source, out_dir = Path(config.source).resolve(), config.out_dir.resolve()
+    except (OSError, ValueError) as error:  # a loop of links, NUL in a name
+        raise PowersteerError(f"cannot find {config.source} or {config.out_dir}: {reason_of(error)}") from None
     if source == out_dir or source in out_dir.parents or out_dir in source.parents:
         raise PowersteerError(
             f"{config.out_dir} and {config.source} lie one inside the other: give an output folder of its own"
@@ -255,18 +289,20 @@ def _describe(config: PrepareConfig, source: Source, items: Sequence[Item], reco
         "conditioning": record,
     }
     path = config.out_dir / DESCRIPTION
+    there = parse_json(read_text(path), str(path)) if is_file(path) else None
     try:
-        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         others = [file.name for file in config.out_dir.iterdir()] if config.out_dir.exists() else []
-    except (OSError, ValueError) as error:
-        raise PowersteerError(f"cannot read {config.out_dir}: {error}") from None
+    except OSError as error:
+        raise PowersteerError(f"cannot read {config.out_dir}: {reason_of(error)}") from None
     if there is None and any(not name.startswith(".") for name in others):
         raise PowersteerError(f"{config.out_dir} is not empty: give a new folder")
-    if isinstance(there, dict) and there != description:
-        differing = ", ".join(key for key in description if there.get(key) != description[key])
+    if there is not None and there != description:
+        known = there if isinstance(there, dict) else {}
+        differing = ", ".join(key for key in description if known.get(key) != description[key])
         raise PowersteerError(
             f"{config.out_dir} was begun otherwise ({differing} differ): give a new folder, or the settings of "
             f"{DESCRIPTION}"
         )
-    write_whole(path, (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode(), f"{config.shard_index}-")
+    content = (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+    write_whole(path, content, f"{config.shard_index}-")
     (config.out_dir / FOLDER).mkdir(exist_ok=True)

@@ -81,6 +81,10 @@ class Source(Protocol):
 
 
 def name_of(path: Path, folder: Path) -> str:
-    """A file's name within a folder; what is no UTF-8 in it is written out, as no data set can hold it."""
-    name = path.relative_to(folder).as_posix()
+    """A file's name within a folder, in characters that a data set can hold."""
+    return plain_name(path.relative_to(folder).as_posix())
+
+
+def plain_name(name: str) -> str:
+    """A name with what is no UTF-8 in it written out."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -16,7 +16,7 @@ from powersteer.conditions.tensors import read_features
 from powersteer.core.files import is_file, read_bytes
 from powersteer.core.text import json_lines, parse_object, read_text
 from powersteer.data.layouts.base import alone, files_in, inside, is_folder, pictures_in, texts_of
-from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, name_of
+from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, name_of, plain_name
 from powersteer.data.sources.frame import open_drawing, open_frame, open_index
 from powersteer.data.splits import Split, is_held_out, split_of
 from powersteer.errors import PowersteerError
@@ -43,7 +43,7 @@ class Folder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.name = f"folder {root.resolve().name}"
+        self.name = f"folder {plain_name(root.resolve().name)}"
         self.unused: dict[str, list[str]] = {}
         self._used: set[str] = set()
 

@@ -1,0 +1,47 @@
+"""Which pictures look alike: in shape by a hash, in colour by a thumbnail."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+ALIKE = 8
+"""Bits of 256 in which the perceptual hashes of two pictures that look alike may differ."""
+ALIKE_COLOURS = 4
+"""And the most their thumbnails may, in 255ths, on average: flat pictures differ in little else."""
+
+
+def perceptual_hash(picture: Image.Image) -> npt.NDArray[np.float32]:
+    """Difference hash: whether each of 16×16 cells is brighter than its right neighbour; (256,), -1 or 1."""
+    cells = np.asarray(picture.convert("L").resize((17, 16), Image.Resampling.BOX), dtype=np.float32)
+    return np.where(cells[:, :-1] > cells[:, 1:], 1, -1).ravel().astype(np.float32)
+
+
+def thumbnail(picture: Image.Image) -> npt.NDArray[np.float32]:
+    """(16, 16, 3), of an RGB picture."""
+    return np.asarray(picture.resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
+
+
+def alike(
+    hashes: npt.NDArray[np.float32],
+    thumbnails: npt.NDArray[np.float32],
+    other_hashes: npt.NDArray[np.float32],
+    other_thumbnails: npt.NDArray[np.float32],
+) -> list[tuple[int, int]]:
+    """Pairs of indices of pictures that look alike.
+
+    Args:
+        hashes: (N, 256), of `perceptual_hash`.
+        thumbnails: (N, 16, 16, 3).
+        other_hashes: (M, 256).
+        other_thumbnails: (M, 16, 16, 3).
+    """
+    found: list[tuple[int, int]] = []
+    for start in range(0, len(hashes), 1024):
+        agreement = hashes[start : start + 1024] @ other_hashes.T  # 256 − 2 × differing bits
+        for row, j in np.argwhere(agreement >= 256 - 2 * ALIKE):
+            i = start + int(row)
+            if np.abs(thumbnails[i] - other_thumbnails[j]).mean() <= ALIKE_COLOURS:
+                found.append((i, int(j)))
+    return found
