@@ -6,7 +6,6 @@ with attach(unet, network, condition):
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from powersteer.ablations import (
     WithoutLatents,
     last_layers,
 )
-from powersteer.base import load_adapter
+from powersteer.base import load_saved
 from powersteer.baselines import (
     Baseline,
     ZeroStartT2IAdapter,
@@ -40,6 +39,7 @@ from powersteer.conditions.kinds import BLIND
 from powersteer.errors import PowersteerError
 from powersteer.fingerprint import describe, differences, fingerprint
 from powersteer.model import BPSModel
+from powersteer.records import BASELINE_RECORD
 from powersteer.steering import check_fits, steer
 
 Adapter = BPSModel | Baseline
@@ -48,9 +48,8 @@ Adapter = BPSModel | Baseline
 BASELINES = ("controlnet", "controlnet-xs", "t2i-adapter")
 """Names of the baselines; ``paper`` and ``lite`` are BPS."""
 
-_RECORD = "_powersteer"
-"""Key of a baseline's config; diffusers' own classes keep what begins so, and say nothing of it."""
 _CLASSES: dict[str, type[Adapter]] = {
+    "BPSModel": BPSModel,
     "ControlNetModel": ControlNetModel,
     "WithoutLatents": WithoutLatents,
     "ControlNetXSAdapter": ControlNetXSAdapter,
@@ -93,7 +92,7 @@ def make_adapter(
         kind = WithoutLatents if ablation == NO_LATENTS else ControlNetModel
         network = _make_baseline(unet, preset, pixel_unshuffle, conditioning_channels, kind)
         known = {"base": fingerprint(unet, prediction_type), "conditioning": conditioning}
-        network.register_to_config(**{_RECORD: known})
+        network.register_to_config(**{BASELINE_RECORD: known})
         return network
     shape: Any = {"preset": preset, "pixel_unshuffle": pixel_unshuffle, "prediction_type": prediction_type, **bps}
     kind = BPSModel if ablation in (None, BLIND) else ABLATIONS[ablation]
@@ -112,22 +111,14 @@ def load_network(name_or_path: str | Path) -> Adapter:
     """A trained network of any kind; see `powersteer.base.load_adapter` for the names.
 
     Raises:
-        PowersteerError: There is no such network, or its files are unusable.
+        PowersteerError: There is no such network, or it is incomplete, damaged or not finite.
     """
-    config = Path(name_or_path) / "config.json"
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.exists() else None
-        known = _CLASSES.get(kind or "")
-        network: Any = known and known.from_pretrained(str(name_or_path), torch_dtype=torch.float32)
-    except (OSError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PowersteerError(f"cannot load the network in {name_or_path}: {reason}") from None
-    return load_adapter(str(name_or_path)) if network is None else network.eval()
+    return load_saved(str(name_or_path), _CLASSES)
 
 
 def record_of(network: Adapter) -> Mapping[str, Any]:
     """``base`` and ``conditioning``: what a network was trained on, as far as it is known."""
-    return network.config if isinstance(network, BPSModel) else network.config.get(_RECORD) or {}
+    return network.config if isinstance(network, BPSModel) else network.config.get(BASELINE_RECORD) or {}
 
 
 def channels_of(network: Adapter) -> int:

@@ -1,25 +1,25 @@
-"""The frozen base: the embedded powersteer-tiny, a folder, or a model of the Hub, as a stock diffusers pipeline."""
+"""The frozen base, and trained networks: by an embedded name, a folder, or a name on the Hub."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.resources import files
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from powersteer.core.files import is_file, is_folder, reason_of
+from powersteer.core.text import read_object
+from powersteer.core.weights import check_sizes, filled, read_tensors
 from powersteer.errors import PowersteerError
-from powersteer.hub import CONFIG, WEIGHTS, fetch
+from powersteer.hub import CONFIG, WEIGHTS, fetch, fetch_weights
 from powersteer.model import BPSModel
+from powersteer.parts import INDEX, check_tokenizer, load_model, load_parts, load_tokenizer, quiet, read_index, stems
+from powersteer.records import check_config
 
 EMBEDDED_BASE = "powersteer-tiny"
 EMBEDDED_ADAPTERS = {"sketch": "powersteer-tiny-sketch"}
@@ -33,106 +33,134 @@ def embedded(name: str) -> Path:
 def source_of(name_or_path: str) -> str:
     """Where a base lies: the embedded folder, a folder, or a name on the Hub."""
     path = embedded(name_or_path) if name_or_path == EMBEDDED_BASE else Path(name_or_path)
-    return str(path) if path.exists() else name_or_path
+    return str(path) if is_folder(path) or is_file(path) else name_or_path
 
 
 def load_base(name_or_path: str = EMBEDDED_BASE, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     """A frozen text-to-image pipeline in evaluation mode.
 
     Args:
-        name_or_path: ``powersteer-tiny``, a folder in diffusers' layout, or a model of the Hub.
+        name_or_path: ``powersteer-tiny``, a folder in diffusers' layout, or a model of the Hub: Stable Diffusion 1.x,
+            2.x or XL, its inpainting, or InstructPix2Pix.
         dtype: Precision of the weights.
 
     Raises:
-        PowersteerError: There is no such base, or it is incomplete.
+        PowersteerError: There is no such base, or a part of it is missing, incomplete, damaged or of another base.
     """
-    source = source_of(name_or_path)
+    source = Path(source_of(name_or_path))
     try:
-        with _no_progress_bars():
-            pipe: Any = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PowersteerError(
-            f"cannot load the base '{name_or_path}': give '{EMBEDDED_BASE}', a folder with a model_index.json, or a "
-            f"model of the Hub ({reason})"
-        ) from None
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False).eval()
+        if is_file(source):
+            raise PowersteerError(
+                "it is one file, not a folder: make one of it, once, with diffusers' "
+                f"StableDiffusionPipeline.from_single_file('{source}').save_pretrained('FOLDER') "
+                "(StableDiffusionXLPipeline for XL)"
+            )
+        if not is_folder(source):
+            source = _fetched(name_or_path)
+        if not is_file(source / INDEX):
+            raise PowersteerError(f"give '{EMBEDDED_BASE}', a folder with a {INDEX}, or a model of the Hub")
+        parts = load_parts(source, read_index(source / INDEX), dtype)
+        pipe = _assembled(source, parts)
+    except PowersteerError as error:
+        raise PowersteerError(f"cannot load the base '{name_or_path}': {error}") from None
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _fetched(name: str) -> Path:
+    """The folder of a base of the Hub: its parts alone, each with one set of weights, after a look at what it is."""
+    parts = read_index(fetch(name, INDEX) / INDEX)
+    networks = {part: stems(kind) for part, kind in parts.items() if issubclass(kind, torch.nn.Module)}
+    others = [f"{part}/*{suffix}" for part in parts for suffix in (".json", ".txt", ".model")]
+    return fetch_weights(name, networks, INDEX, *others)
+
+
+def _assembled(folder: Path, parts: Mapping[str, Any]) -> Any:
+    try:
+        with quiet():
+            return DiffusionPipeline.from_pretrained(str(folder), **parts)
+    except Exception as error:  # the pipeline's own checks of its parts and options
+        raise PowersteerError(f"its parts make no pipeline ({reason_of(error)})") from None
 
 
 def load_adapter(name_or_path: str) -> BPSModel:
     """A trained steering network: ``sketch`` (embedded), a folder, or ``user/name`` on the Hub.
 
     Raises:
-        PowersteerError: There is no such adapter, it is not a BPS network, or a newer powersteer wrote it.
+        PowersteerError: There is no such adapter, it is not a BPS network or incomplete, damaged or not finite, or a
+            newer powersteer wrote it.
+    """
+    return load_saved(name_or_path, {BPSModel.__name__: BPSModel})
+
+
+def load_saved(name_or_path: str, known: Mapping[str, type]) -> Any:
+    """A trained network of one of these classes, in evaluation mode.
+
+    Args:
+        name_or_path: See `load_adapter`.
+        known: Classes by their names in config.json.
+
+    Raises:
+        PowersteerError: See `load_adapter`.
     """
     path = embedded(EMBEDDED_ADAPTERS[name_or_path]) if name_or_path in EMBEDDED_ADAPTERS else Path(name_or_path)
-    remote = not path.exists()
+    remote = not is_folder(path)
     if remote:
+        if is_file(path):
+            raise PowersteerError(f"{name_or_path} is a file: give the folder of a trained adapter")
         path = fetch(name_or_path, CONFIG)  # before the weights: those of something else may be many gigabytes
-    _check_config(path / CONFIG, name_or_path)
+    kind = _kind_of(path / CONFIG, name_or_path, known)
     if remote:
         path = fetch(name_or_path, CONFIG, WEIGHTS)
     try:
-        model = BPSModel.from_pretrained(str(path), torch_dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PowersteerError(
-            f"cannot load the adapter '{name_or_path}': give 'sketch', a folder that `powersteer train` wrote, or a "
-            f"model of the Hub ({reason})"
-        ) from None
-    return model.eval()
+        return load_model(path, kind).eval()
+    except PowersteerError as error:
+        raise PowersteerError(f"cannot load the network in {name_or_path}: {error}") from None
 
 
-def _check_config(file: Path, name: str) -> None:
-    """Refuse what is no adapter, and one with settings that this version would only ignore."""
-    if not file.exists():
+def _kind_of(file: Path, name: str, known: Mapping[str, type]) -> type:
+    """The class of a network; refuse what is no adapter, and one with settings that this version would only ignore."""
+    if not is_file(file):
         raise PowersteerError(f"{name} holds no {CONFIG}: give the folder of a trained adapter, or its name on the Hub")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind, keys = config["_class_name"], {key for key in config if not key.startswith("_")}
-    except (ValueError, TypeError, KeyError):
-        raise PowersteerError(f"cannot load the adapter '{name}': its {CONFIG} is not an adapter's") from None
-    if kind != BPSModel.__name__:
+        config = read_object(file)
+    except PowersteerError as error:
         raise PowersteerError(
-            f"{name} is of the class {kind}, not a BPS network: give a folder that `powersteer train` wrote"
-        )
-    unknown = sorted(keys - set(signature(BPSModel.__init__).parameters))
-    if unknown:
+            f"cannot load the network in {name}: its {CONFIG} is not an adapter's ({error})"
+        ) from None
+    named = config.get("_class_name")
+    if not isinstance(named, str):
+        raise PowersteerError(f"cannot load the network in {name}: its {CONFIG} is not an adapter's (no class)")
+    if named not in known:
         raise PowersteerError(
-            f"{name} was written by a newer powersteer, with the setting '{unknown[0]}' that this one does not know: "
-            "pip install --upgrade powersteer"
+            f"{name} is of the class {named[:60]}, not a BPS network: give a folder that `powersteer train` wrote"
         )
+    check_config(config, known[named], name, str(file))
+    return known[named]
 
 
 def load_clip(base: Path) -> tuple[CLIPModel, CLIPTokenizer]:
     """The small CLIP that came with the base: its picture tower serves as a text-image metric.
 
     Its text tower is the base's text encoder, so ``clip/`` holds only the rest.
+
+    Raises:
+        PowersteerError: A file is missing, damaged, or of another CLIP.
     """
-    clip = CLIPModel(CLIPConfig.from_pretrained(base / "clip"))
-    weights = load_file(base / "clip" / "model.safetensors")
-    text = load_file(base / "text_encoder" / "model.safetensors")
+    folder = base / "clip"
+    config = read_object(folder / CONFIG)
+    check_sizes(config, str(folder / CONFIG))
+    weights = read_tensors(folder / "model.safetensors")
+    text = read_tensors(base / "text_encoder" / "model.safetensors")
     prefix = "" if any(name.startswith("text_model.") for name in text) else "text_model."
     weights |= {f"{prefix}{name}": tensor for name, tensor in text.items()}
-    clip.load_state_dict(weights)
-    return clip.float().eval(), CLIPTokenizer.from_pretrained(base / "tokenizer")
-
-
-@contextmanager
-def _no_progress_bars() -> Generator[None]:
-    """Loading takes a moment; its bars would bury what a person wants to read."""
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    shown = [library for library in libraries if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
+    clip = filled(lambda: CLIPModel(CLIPConfig.from_dict(config)), weights, str(folder))
+    tokenizer = load_tokenizer(base / "tokenizer", CLIPTokenizer)
+    check_tokenizer(tokenizer, clip.config.text_config, base / "tokenizer")
+    return clip.float().eval(), tokenizer
 
 
 def save_clip(clip: CLIPModel, base: Path) -> None:

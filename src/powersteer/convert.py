@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from powersteer.conditions.kinds import conditioning_record
+from powersteer.core.files import is_file, reason_of
 from powersteer.errors import PowersteerError
+from powersteer.hub import CONFIG
 from powersteer.model import BPSModel
 
 
@@ -33,7 +36,7 @@ def convert(
     Raises:
         PowersteerError: ``source`` is unsafe, unreadable or no BPS network, or ``out_dir`` is taken or unwritable.
     """
-    if (out_dir / "config.json").exists():
+    if is_file(out_dir / CONFIG):
         raise PowersteerError(f"{out_dir} holds an adapter already: give another folder")
     model = BPSModel.from_original(
         source,
@@ -46,6 +49,8 @@ def convert(
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(out_dir)
-    except OSError as error:
-        raise PowersteerError(f"cannot write to {out_dir}: {error.strerror}") from None
+    except Exception as error:  # of the operating system, or safetensors' own for a full disk
+        with suppress(OSError, ValueError):
+            (out_dir / CONFIG).unlink(missing_ok=True)  # written first: it must not pass for an adapter
+        raise PowersteerError(f"cannot write to {out_dir}: {reason_of(error)}") from None
     return out_dir

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,8 @@ from huggingface_hub.errors import (
 )
 
 from powersteer.card import CARD, pictures_of, write_card
+from powersteer.core.files import reason_of
+from powersteer.core.weights import HALF, check_found, check_whole
 from powersteer.errors import PowersteerError
 
 CONFIG = "config.json"
@@ -29,6 +31,28 @@ WEIGHTS = "diffusion_pytorch_model*.safetensors*"
 
 class HubMixin(ModelMixin):
     """Diffusers' model, pushed with a card that says what it steers."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """Diffusers' own, but weights that are missing, or not finite, are refused, not told or left to be met later.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or ``user/name``.
+            **options: Diffusers'; with ``output_loading_info`` nothing is refused.
+
+        Raises:
+            PowersteerError: The weights are not those of the network.
+        """
+        inherited: Any = super()
+        if options.get("output_loading_info"):
+            return inherited.from_pretrained(pretrained_model_name_or_path, **options)
+        options["output_loading_info"] = True
+        model, found = inherited.from_pretrained(pretrained_model_name_or_path, **options)
+        where = f"the adapter in {pretrained_model_name_or_path}"
+        check_found(found, where)
+        if options.get("device_map") is None:
+            check_whole(model, where)
+        return model
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Upload weights, config and a model card; a card that is there already is kept.
@@ -65,6 +89,31 @@ def fetch(repo_id: str, *patterns: str) -> Path:
     """
     with _told_plainly(repo_id, "fetch"):
         return Path(snapshot_download(repo_id, allow_patterns=list(patterns)))
+
+
+def fetch_weights(repo_id: str, stems: Mapping[str, tuple[str, str]], *patterns: str) -> Path:
+    """`fetch`, and the weights of networks in one form: safetensors or else pickles, plain or else of half precision.
+
+    Args:
+        repo_id: ``user/name``.
+        stems: Folder in the repository, or "" → how its weights are named, as safetensors and as pickles.
+        *patterns: Of the other files.
+
+    Raises:
+        PowersteerError: See `fetch`. Weights that there are not are left to whoever loads them.
+    """
+    waiting, folder = dict(stems), Path()
+    for variant in ("", f".{HALF}"):
+        for form, suffix in enumerate((".safetensors", ".bin")):
+            names = {
+                part: [f"{part and f'{part}/'}{stem[form]}{variant}{end}{suffix}" for end in ("", "-*-of-*")]
+                for part, stem in waiting.items()
+            }
+            folder = fetch(repo_id, *patterns, *(name for pair in names.values() for name in pair))
+            waiting = {p: s for p, s in waiting.items() if not any(any(folder.glob(name)) for name in names[p])}
+            if not waiting:
+                return folder
+    return folder
 
 
 def push(
@@ -119,6 +168,8 @@ def _told_plainly(repo_id: str, task: str) -> Generator[None]:
     cannot = f"cannot {task} '{repo_id}'"
     try:
         yield
+    except PowersteerError:
+        raise
     except HFValidationError:
         raise PowersteerError(f"{cannot}: there is no such folder, and a name on the Hub is user/name") from None
     except LocalTokenNotFoundError:
@@ -137,6 +188,8 @@ def _told_plainly(repo_id: str, task: str) -> Generator[None]:
             f"{cannot}: there is no such folder, and the Hub cannot be reached ({_first_line(error)}); check name and "
             "network"
         ) from None
+    except (OSError, ValueError) as error:  # of the disk, or names of files that lead out of the repository's folder
+        raise PowersteerError(f"{cannot}: {reason_of(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

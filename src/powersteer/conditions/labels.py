@@ -71,12 +71,14 @@ class ModelLabels(StrictConfig):
         """Processor, network, palette."""
         from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
+        from powersteer.parts import folder_of, from_folder, load_model
+
         try:
-            processor: Any = AutoImageProcessor.from_pretrained(self.model)
-            network: Any = AutoModelForSemanticSegmentation.from_pretrained(self.model)
-        except (OSError, ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise PowersteerError(f"'{self.model}' is no semantic segmentation model: {reason}") from None
+            folder = folder_of(self.model, AutoModelForSemanticSegmentation)
+            network: Any = load_model(folder, AutoModelForSemanticSegmentation)
+            processor: Any = from_folder(folder, AutoImageProcessor, trust_remote_code=False)
+        except PowersteerError as error:
+            raise PowersteerError(f"'{self.model}' is no semantic segmentation model: {error}") from None
         names = [str(network.config.id2label[i]) for i in range(network.config.num_labels)]
         palette = Palette.of_names(names) if self.palette is None else Palette.find(self.palette)
         if len(palette) != len(names):

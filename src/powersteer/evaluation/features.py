@@ -6,15 +6,20 @@ import hashlib
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from powersteer.base import load_clip, source_of
+from powersteer.config import StrictConfig, build_config
+from powersteer.core.files import is_file
+from powersteer.core.weights import check_whole, unpickle
 from powersteer.errors import PowersteerError
+from powersteer.parts import check_tokenizer, folder_of, from_folder, load_model, load_tokenizer
 
 FeatureName = Literal["clip", "hed", "inception"]
 
@@ -29,6 +34,13 @@ class FeatureExtractor(Protocol):
     def record(self) -> dict[str, Any]:
         """What it is: extractor, weights and their hash, width, and what it does with the size."""
         ...
+
+
+class _Scale(StrictConfig):
+    """What a CLIP does with pixels."""
+
+    mean: tuple[float, float, float]
+    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
 
 class Clip:
@@ -59,22 +71,24 @@ class Clip:
         """The CLIP in a base's folder, or any in transformers' format: a folder, or a model of the Hub.
 
         Raises:
-            PowersteerError: There is none.
+            PowersteerError: There is none, or it is incomplete, damaged or not finite.
         """
-        source = source_of(name_or_path)
+        source = Path(source_of(name_or_path))
         try:
-            if (Path(source) / "clip" / "config.json").exists():
-                return cls(*load_clip(Path(source)))
+            if is_file(source / "clip" / "config.json"):
+                return cls(*load_clip(source))
             from transformers import CLIPImageProcessor  # says something of torchvision when it is imported
 
-            processor: Any = CLIPImageProcessor.from_pretrained(source)
-            clip = CLIPModel.from_pretrained(source, dtype=torch.float32)
-            return cls(clip, CLIPTokenizer.from_pretrained(source), processor.image_mean, processor.image_std)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            folder = folder_of(str(source), CLIPModel)
+            clip, tokenizer = load_model(folder, CLIPModel), load_tokenizer(folder, CLIPTokenizer)
+            check_tokenizer(tokenizer, clip.config.text_config, folder)
+            processor: Any = from_folder(folder, CLIPImageProcessor)
+            scale = build_config({"mean": processor.image_mean, "std": processor.image_std}, _Scale, where=str(folder))
+            return cls(clip, tokenizer, scale.mean, scale.std)
+        except PowersteerError as error:
             raise PowersteerError(
                 f"cannot load a CLIP from '{name_or_path}': give a base that has one, a folder in transformers' "
-                f"format, or a model of the Hub ({reason})"
+                f"format, or a model of the Hub ({error})"
             ) from None
 
     @torch.no_grad()
@@ -170,12 +184,13 @@ class Inception:
             raise PowersteerError("Inception features need torch-fidelity: pip install 'powersteer[fid]'") from None
         try:
             if weights is not None:
-                torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would unpickle anything
+                unpickle(weights)  # torch-fidelity would run what is in it
             self.network: Any = FeatureExtractorInceptionV3(
                 "inception-v3-compat",
                 ["2048"],
                 feature_extractor_weights_path=None if weights is None else str(weights),
             )
+            check_whole(self.network, str(weights))
         except Exception as error:  # a file of another kind, other tensors, no network: all of them end here
             reason = " ".join(str(error).split())[:200]
             raise PowersteerError(

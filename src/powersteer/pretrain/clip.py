@@ -16,20 +16,21 @@ from powersteer.pretrain.fit import FitConfig, fit
 from powersteer.pretrain.icons import IMAGE_SIZE, IconSet, captions
 from powersteer.pretrain.text import MAX_TOKENS, teacher_embeddings, teacher_words, tokenize
 from powersteer.pretrain.vae import augment
+from powersteer.records import Layers, Size
 
 
 class CLIPConfig(FitConfig):
     """Both towers' size and losses."""
 
-    hidden_size: int = 192
-    text_layers: int = 4
-    vision_layers: int = 6
-    patch_size: int = 8
+    hidden_size: Size = 192
+    text_layers: Layers = 4
+    vision_layers: Layers = 6
+    patch_size: Size = 8
     dropout: float = 0.1
     distillation_weight: float = Field(default=4.0, ge=0)
     """Weight of the teacher: both towers also predict its embedding of the name, and the text tower those of
     plain English words, so that words no picture showed still land near their kin."""
-    word_batch_size: int = 128
+    word_batch_size: Size = 128
 
 
 class _Student(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from powersteer.config import StrictConfig
 from powersteer.pretrain.clip import CLIPConfig
@@ -19,7 +19,7 @@ class PretrainConfig(StrictConfig):
     """`powersteer pretrain CONFIG.yaml`."""
 
     output_dir: Path
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     init_from: str | None = None
     """Go on from a finished base: its tokenizer, CLIP and VAE are taken as they are, its U-Net trained further."""
     data: DataConfig

@@ -16,6 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from powersteer.config import StrictConfig
+from powersteer.core.files import reason_of
+from powersteer.core.weights import unpickle
+from powersteer.errors import PowersteerError
 from powersteer.hardware import fast_attention, native_precision
 from powersteer.pretrain.muon import MuonAdamW
 
@@ -26,18 +29,18 @@ Loss = Callable[[int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
 class FitConfig(StrictConfig):
     """How long and how fast a stage learns."""
 
-    steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
+    steps: int = Field(gt=0, le=10**9)
+    batch_size: int = Field(gt=0, le=2**20)
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     optimizer: Literal["muon", "adamw"] = "muon"
     """Muon multiplies in bfloat16: where the processor has no units for it, a step takes several times as long."""
-    warmup_steps: int = Field(default=200, ge=0)
+    warmup_steps: int = Field(default=200, ge=0, le=10**9)
     decay_share: float = Field(default=0.25, ge=0, le=1)
     """The last share of the steps over which the learning rate falls linearly to zero."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
-    report_every: int = Field(default=500, gt=0)
+    report_every: int = Field(default=500, gt=0, le=10**9)
     """Steps between checkpoints, held-out figures and sample grids."""
 
 
@@ -82,11 +85,17 @@ def fit(
     checkpoint = stage_dir / "checkpoint.pt"
     start = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
-        start = state["step"]
+        state = unpickle(checkpoint, device)
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            ema.load_state_dict(state["ema"])
+            start = int(state["step"])
+        except Exception as error:  # torch meets whatever the file says
+            raise PowersteerError(
+                f"{checkpoint} is of another recipe, or damaged ({reason_of(error)}): give another output_dir, or "
+                "remove it to begin the stage anew"
+            ) from None
     ema.to(device)
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]

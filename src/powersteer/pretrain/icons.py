@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from powersteer.config import StrictConfig
+from powersteer.core.text import json_lines, parse_object, read_object, read_text
+from powersteer.core.weights import read_tensors
 from powersteer.data.openmoji import plain_name
 from powersteer.data.pairs import Pairs
 from powersteer.data.svg import rasterise
@@ -140,10 +142,21 @@ def build_icons(config: DataConfig, stage_dir: Path) -> None:
 
 
 def load_icons(stage_dir: Path) -> IconSet:
-    """Read what `build_icons` wrote."""
-    with (stage_dir / "icons.jsonl").open(encoding="utf-8") as file:
-        icons = [Icon(**json.loads(line)) for line in file]
-    return IconSet(load_file(stage_dir / "icons.safetensors")["pixels"], icons)
+    """Read what `build_icons` wrote.
+
+    Raises:
+        PowersteerError: It is damaged.
+    """
+    listed, file = stage_dir / "icons.jsonl", stage_dir / "icons.safetensors"
+    rows = json_lines(read_text(listed), str(listed))
+    try:
+        icons = [Icon(**parse_object(line, f"{listed}, line {number}")) for number, line in rows]
+        pixels = read_tensors(file)["pixels"]
+    except (KeyError, TypeError) as error:
+        raise PowersteerError(f"{stage_dir} is damaged ({error}): remove it, and it is built anew") from None
+    if len(pixels) != len(icons):
+        raise PowersteerError(f"{file} holds {len(pixels)} pictures, {listed} {len(icons)}: remove both")
+    return IconSet(pixels, icons)
 
 
 def captions(name: str, style: str | None) -> list[str]:
@@ -173,7 +186,7 @@ def _packaged(source: IconSource, folder: Path, exclude_categories: Sequence[str
 
 def _whose(folder: Path) -> dict[str, Any]:
     """A package's author and licence."""
-    info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+    info = read_object(folder / "info.json")
     return {"author": info["author"]["name"], "url": info["author"].get("url"), "licence": info["license"]["spdx"]}
 
 
@@ -201,17 +214,17 @@ def _fetch_package(package: str, npm_dir: Path) -> Path:
 
 @functools.cache
 def _icons_json(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "icons.json").read_text(encoding="utf-8"))
+    return read_object(folder / "icons.json")
 
 
 def _names(source: IconSource, folder: Path, exclude_categories: Sequence[str]) -> dict[str, str]:
     """Icon slug → the name people use for it, skin-tone variants and excluded categories left out."""
     characters: dict[str, str] = {}
     if (folder / "chars.json").exists():
-        by_character = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
+        by_character = read_object(folder / "chars.json")
         characters = {slug: code for code, slug in by_character.items()}
     metadata = folder / "metadata.json"
-    categories = json.loads(metadata.read_text(encoding="utf-8")).get("categories", {}) if metadata.exists() else {}
+    categories = read_object(metadata).get("categories", {}) if metadata.exists() else {}
     excluded = {slug for category in exclude_categories for slug in categories.get(category, [])}
     names: dict[str, str] = {}
     for slug in _icons_json(folder)["icons"]:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from rich.console import Console
 from transformers import CLIPModel
 
-from powersteer.base import embedded, load_base, load_clip, save_clip
+from powersteer.base import load_base, load_clip, save_clip, source_of
 from powersteer.config import save_config
-from powersteer.errors import PowersteerError
+from powersteer.core.console import PlainConsole
 from powersteer.pretrain.clip import train_clip
 from powersteer.pretrain.config import PretrainConfig
 from powersteer.pretrain.evaluate import evaluate_base
@@ -22,7 +21,7 @@ from powersteer.pretrain.text import train_tokenizer
 from powersteer.pretrain.unet import set_scaling_factor, train_unet
 from powersteer.pretrain.vae import train_vae
 
-console = Console(stderr=True)
+console = PlainConsole(stderr=True)
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -36,11 +35,7 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     root = config.output_dir
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        save_config(config, root / "config.yaml")
-    except OSError as error:
-        raise PowersteerError(f"cannot write to {root}: {error.strerror}") from None
-
+    save_config(config, root / "config.yaml")
     if not (root / "data" / "icons.jsonl").exists():
         build_icons(config.data, root / "data")
     icons = load_icons(root / "data")
@@ -49,8 +44,7 @@ def pretrain(config: PretrainConfig) -> Path:
     unet = None
     if config.init_from is not None:
         start = load_base(config.init_from)
-        path = Path(config.init_from)
-        clip, tokenizer = load_clip(path if path.exists() else embedded(config.init_from))
+        clip, tokenizer = load_clip(Path(source_of(config.init_from)))
         vae, unet = start.vae, start.unet.requires_grad_(True)
     else:
         assert config.clip is not None and config.vae is not None  # see PretrainConfig

@@ -24,8 +24,8 @@ MAX_TOKENS = 24
 class TokenizerConfig(StrictConfig):
     """The vocabulary."""
 
-    vocab_size: int = Field(default=8192, ge=600)
-    icon_weight: int = Field(default=30, ge=1)
+    vocab_size: int = Field(default=8192, ge=600, le=2**20)
+    icon_weight: int = Field(default=30, ge=1, le=1000)
     """How often an icon's caption counts against a word of the teacher's vocabulary."""
 
 

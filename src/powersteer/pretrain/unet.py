@@ -19,6 +19,7 @@ from powersteer.pretrain.clip import caption_ranks
 from powersteer.pretrain.fit import FitConfig, fit
 from powersteer.pretrain.icons import Icon, IconSet, captions
 from powersteer.pretrain.text import tokenize
+from powersteer.records import Layers, Size, Sizes
 
 LATENT_SIZE = 16
 _PEOPLE = ("man", "woman", "person", "men", "women", "people", "family", "couple", "kiss", "boy", "girl")
@@ -27,12 +28,12 @@ _PEOPLE = ("man", "woman", "person", "men", "women", "people", "family", "couple
 class UNetConfig(FitConfig):
     """The denoiser's size, its training and what it is judged by."""
 
-    block_out_channels: tuple[int, ...] = (64, 128, 160)
-    layers_per_block: int = 2
+    block_out_channels: Sizes = (64, 128, 160)
+    layers_per_block: Layers = 2
     attention_levels: tuple[bool, ...] = (False, True, True)
-    attention_head_dim: tuple[int, ...] = (2, 4, 5)
+    attention_head_dim: Sizes = (2, 4, 5)
     """Heads at each level (diffusers' U-Net calls their number so)."""
-    norm_num_groups: int = 16
+    norm_num_groups: Size = 16
     empty_prompt_share: float = Field(default=0.1, ge=0, lt=1)
     people_weight: float = Field(default=0.4, gt=0, le=1)
     """How often a picture of people is drawn against any other: they are many and alike."""

@@ -13,15 +13,16 @@ from pydantic import Field
 from powersteer.pictures import save_grid
 from powersteer.pretrain.fit import FitConfig, fit
 from powersteer.pretrain.icons import IMAGE_SIZE, IconSet
+from powersteer.records import Layers, Size, Sizes
 
 
 class VAEConfig(FitConfig):
     """The autoencoder's size and loss."""
 
-    block_out_channels: tuple[int, ...] = (32, 64, 128)
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    norm_num_groups: int = 8
+    block_out_channels: Sizes = (32, 64, 128)
+    layers_per_block: Layers = 1
+    latent_channels: Size = 4
+    norm_num_groups: Size = 8
     gradient_weight: float = Field(default=0.5, ge=0)
     """Weight of the L1 distance between image gradients: keeps edges sharp."""
     kl_weight: float = Field(default=6e-3, ge=0)
