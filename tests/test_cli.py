@@ -11,13 +11,17 @@ import pytest
 from PIL import Image, ImageDraw
 
 from conftest import draw_pairs, randomise
-from powersteer.adapters import BASELINES, attach, make_adapter
+from powersteer.adapters import BASELINES, attach, load_network, make_adapter
 from powersteer.base import load_adapter, load_base
 from powersteer.conditions.files import read_condition
 from powersteer.config import load_config
 from powersteer.data.pairs import Pairs
-from powersteer.generate import steered_pictures
+from powersteer.errors import PowersteerWarning
+from powersteer.generate import GenerateSettings, PictureJob, steered_pictures
+from powersteer.generate import generate as generate_pictures
 from powersteer.training.config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -236,7 +240,7 @@ def test_bad_train_input_is_one_line_each(run, tmp_path, base_dir):
         config.write_text(json.dumps(good | changes))
         return run("train", config, *overrides)
 
-    one_line(run("train", tmp_path / "none.yaml"), "cannot read the configuration")
+    one_line(run("train", tmp_path / "none.yaml"), "none.yaml cannot be read: it does not exist")
     one_line(train(learning_rat=1e-4), "unknown key 'learning_rat'", "did you mean 'learning_rate'?")
     one_line(train("max_train_steps=soon"), "'max_train_steps'", "valid integer")
     one_line(train("steps"), "not of the form key=value")
@@ -312,3 +316,151 @@ def test_help_reads_well_at_80_columns_and_needs_no_torch():
 def test_a_missing_option_exits_with_2():
     done = subprocess.run([sys.executable, "-m", "powersteer.cli", "generate"], capture_output=True, text=True)
     assert done.returncode == 2 and "--condition" in done.stderr and "Traceback" not in done.stderr
+
+
+# -- what was asked for is obeyed, or refused in a line
+
+
+@pytest.fixture
+def generate(run, tmp_path, base_dir, adapter_dir, drawing):
+    """`powersteer generate` of two steps, with further arguments."""
+    given = {"condition": drawing, "prompt": "a fox", "adapter": adapter_dir, "base": base_dir, "steps": 2}
+    given |= {"num-images": 1, "out": tmp_path / "out"}
+
+    def generate(*more, **change):
+        values = given | {name.replace("_", "-"): value for name, value in change.items()}
+        flags = [part for name, value in values.items() if value is not None for part in (f"--{name}", value)]
+        return run("generate", *flags, *more)
+
+    return generate
+
+
+HUGE = 10**40
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--scale", "nan"], "'scale.0': Input should be a finite number"),
+        (["--scale", "inf"], "'scale.0': Input should be a finite number"),
+        (["--scale", "1e30"], "'scale.0'"),
+        (["--start", "nan"], "'start.0'"),
+        (["--end", "1.5"], "'end.0'"),
+        (["--guidance-scale", "inf"], "'guidance_scale': Input should be a finite number"),
+        (["--seed", HUGE], "'seed'"),
+        (["--seed", -1], "'seed'"),
+        (["--seed", 2**63 - 1, "--num-images", 2], "'seed'"),
+        (["--num-images", HUGE], "--num-images must be from 1 to 100,000"),
+        (["--scheduler", "pndm", "--steps", 3], "PNDMScheduler cannot take 3 steps"),
+        (["--strength", 0.5], "--strength has no effect without --init-image: leave it out"),
+        (["--pairs", "somewhere"], "--condition has no effect with --pairs, whose pairs have their own: leave it out"),
+        (["--manifest", "it.jsonl"], "--condition has no effect with --manifest"),
+    ],
+)
+def test_numbers_and_options_that_generate_cannot_obey(generate, tmp_path, options, said):
+    one_line(generate(*options), said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_strength_that_leaves_no_steps_is_refused(generate, tmp_path, drawing):
+    one_line(
+        generate("--init-image", drawing, "--strength", 0.01),
+        "2 steps at a strength of 0.01 leave none to do: give 100 steps or more",
+    )
+
+
+def test_narrow_conditions_are_refused_in_a_line(generate, tmp_path):
+    Image.new("L", (3000, 10)).save(tmp_path / "narrow.png")
+    one_line(generate(condition=tmp_path / "narrow.png"), "narrow.png is 3000×10 pixels: too narrow to steer by")
+
+
+def test_pictures_that_are_not_finite_are_never_written(run, tmp_path, drawing):
+    args = ["generate", "--condition", drawing, "--prompt", "a fox", "--out", tmp_path / "out", "--num-images", 1]
+    one_line(
+        run(*args, "--scheduler", "euler-a", "--steps", 3),
+        "the pictures are not finite numbers, of 3 steps of EulerAncestralDiscreteScheduler",
+    )
+    assert not list((tmp_path / "out").glob("*.png"))
+    assert run(*args, "--scheduler", "euler-a", "--steps", 4)[0] == 0
+
+
+def test_drawing_photo_and_mask_are_fitted_alike(monkeypatch, tmp_path, base_dir, adapter_dir):
+    """A mark at the same place of three wide pictures is at one place of what the pipeline is given."""
+    seen = {}
+
+    def steered(pipe, models, prompts, conditions, **inputs):
+        seen.update(condition=conditions[0][0, 0], **inputs)
+        return [Image.new("RGB", (32, 32))]
+
+    monkeypatch.setattr("powersteer.generate.steered_pictures", steered)
+    files = {}
+    for name, mark, ground in (("drawing", "black", "white"), ("photo", "red", "blue"), ("mask", "white", "black")):
+        picture = Image.new("RGB", (200, 100), ground)
+        ImageDraw.Draw(picture).rectangle((110, 60, 139, 89), fill=mark)
+        files[name] = tmp_path / f"{name}.png"
+        picture.save(files[name])
+    common = {"adapter": (str(adapter_dir),), "base": str(base_dir), "num_inference_steps": 2}
+    job = PictureJob(prompt="a fox", condition=(files["drawing"],))
+    for prepared in (False, True):
+        settings = GenerateSettings(**common, init_image=files["photo"], mask_image=files["mask"], prepared=prepared)
+        generate_pictures(settings, [job], tmp_path / f"out-{prepared}")
+        ink = seen["condition"].numpy() if not prepared else 1 - seen["condition"].numpy()
+        photo, mask = np.asarray(seen["image"][0]).astype(float), np.asarray(seen["mask_image"]) / 255
+        red = (photo[..., 0] - photo[..., 2]) > 0
+        if not prepared:
+            rows, columns = np.where(ink > 0.5)
+            assert (rows.min(), rows.max(), columns.min(), columns.max()) == (18, 21, 18, 21)  # of 32, padded above
+            red &= photo[..., 1] < 128  # the paper around it is white
+        assert (red == (ink > 0.5)).mean() > 0.97 and (mask > 0.5).sum() > 0
+        assert ((mask > 0.5) == (ink > 0.5)).mean() > 0.97
+    wide = Image.new("RGB", (100, 100), "blue")
+    wide.save(files["photo"])
+    with pytest.warns(
+        PowersteerWarning, match=r"photo.png is 100×100 pixels, .*drawing.png 200×100: their shapes differ"
+    ):
+        generate_pictures(GenerateSettings(**common, init_image=files["photo"]), [job], tmp_path / "other")
+
+
+def test_a_folder_is_gone_on_with_only_where_files_and_weights_are_the_same(generate, tmp_path, drawing, adapter_dir):
+    manifest = tmp_path / "it.jsonl"
+    manifest.write_text(json.dumps({"prompt": "a fox", "condition": str(drawing)}) + "\n")
+    many = {"manifest": manifest, "condition": None, "prompt": None, "num_images": None}
+    assert generate(**many)[0] == 0 and generate(**many)[0] == 0
+    before = drawing.read_bytes()
+    picture = Image.open(drawing).convert("RGB")
+    ImageDraw.Draw(picture).line((0, 0, 60, 5), fill="black", width=2)
+    picture.save(drawing)
+    one_line(generate(**many), "00000-seed0.png was made with other settings")
+    drawing.write_bytes(before)
+    network = load_network(adapter_dir)
+    next(network.parameters()).data.view(-1)[3] += 1e-3
+    network.save_pretrained(adapter_dir)
+    one_line(generate(**many), "00000-seed0.png was made with other settings")
+
+
+def test_a_path_is_printed_as_it_is(generate, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("o/a[/b]c", "a[red]c", "esc\x1b[31m"):
+        code, out, err = generate(out=name)
+        assert code == 0, err
+        assert out.splitlines()[0] == f"{name}/00000-seed0.png".replace("\x1b", "\\x1b")
+        assert Path(name, "grid.png").exists()
+
+
+def test_our_own_warnings_reach_the_terminal(generate, tmp_path):
+    Image.new("L", (32, 32)).save(tmp_path / "blank.png")
+    code, _, err = generate(condition=tmp_path / "blank.png")
+    assert code == 0
+    assert "warning: the condition is blank, one value all over" in err
+    assert generate(condition=tmp_path / "blank.png", scale=0)[0] == 0
+
+
+def test_options_of_the_other_mode_are_refused(run, tmp_path):
+    for folder in ("real", "made"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / folder / "a.png")
+    both = ["evaluate", "--real", tmp_path / "real", "--generated", tmp_path / "made"]
+    one_line(run(*both, "--seed", 3), "--seed has no effect with --real and --generated: leave it out")
+    one_line(run(*both, "--adapter", "none"), "--adapter has no effect with --real and --generated")
+    experiment = ROOT / "configs" / "experiments" / "few-shot.yaml"
+    one_line(run("compare", experiment, "--out", tmp_path / "it.md"), "--out has no effect without --report")

@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from rich.console import Console
 
 from powersteer.adapters import Adapter, load_network
 from powersteer.base import load_base
 from powersteer.conditions.kinds import BLIND
 from powersteer.config import StrictConfig, build_config
+from powersteer.core.console import PlainConsole
 from powersteer.data.encode import EncodedPairs, encode_pairs
 from powersteer.data.openmoji import prepare_openmoji
 from powersteer.data.pairs import Pairs, spread
@@ -257,7 +257,7 @@ class _Comparison:
     """An experiment under way."""
 
     def __init__(self, experiment: ExperimentConfig) -> None:
-        self.experiment, self.console = experiment, Console(stderr=True)
+        self.experiment, self.console = experiment, PlainConsole(stderr=True)
         folder = experiment.data_dir or experiment.output_dir / "openmoji"
         self.data = {split: _folder_digest(folder / split) for split in SPLITS}
         self.test_dir = folder / "test"

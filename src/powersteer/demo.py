@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 
 from powersteer.base import load_adapter, load_base
 from powersteer.config import build_config
+from powersteer.core.console import PlainConsole
 from powersteer.data.encode import encode_pairs
 from powersteer.data.openmoji import prepare_openmoji
 from powersteer.data.pairs import Pairs, spread
@@ -58,7 +58,7 @@ def run_demo(
     Raises:
         PowersteerError: A package is missing, or ``out_dir`` cannot be written.
     """
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     started = time.perf_counter()
     data = prepare_openmoji(out_dir / "openmoji")
     run_name = "adapter" if pairs is None else f"adapter-{pairs}"

@@ -193,6 +193,7 @@ def generate(
     for model in models:
         check_adapter(model, pipe)
         model.to(pipe.device)
+    check_steps(pipe, settings.num_inference_steps, 1.0 if settings.init_image is None else settings.strength)
     latents = pipe.unet.config.sample_size
     _warn_of_shapes(settings, sizes)
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
-from rich.console import Console
 from rich.progress import track
 
 from powersteer.conditions.extractor import EXTRACTORS, Box, Registered, Subject
+from powersteer.core.console import PlainConsole
 from powersteer.data.make import HeldOut, Job, Outcome, Recipe
 from powersteer.data.sources.base import Item, Loaded
 from powersteer.data.workers import pooled
@@ -83,7 +83,7 @@ def bench_prepare(task: str | None = None, *, pictures: int = 64, side: int = 51
         tasks = ", ".join(dict.fromkeys(one.task for one in EXTRACTORS.known.values()))
         raise PowersteerError(f"there is no task '{task}': give one of {tasks}")
     with tempfile.TemporaryDirectory() as folder:
-        shown = track(chosen, "extractors", console=Console(stderr=True), transient=True)
+        shown = track(chosen, "extractors", console=PlainConsole(stderr=True), transient=True)
         rows = [_measure(one, Path(folder), pictures, side) for one in shown]
     return PrepareBench(pictures, side, machine("cpu"), rows)
 

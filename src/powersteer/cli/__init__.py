@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from contextlib import suppress
@@ -10,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from PIL import Image
 from rich.table import Table
 
 from powersteer.cli import bench, hub, pairs
+from powersteer.cli.given import refuse_idle
 from powersteer.cli.help import Commands
-from powersteer.cli.output import out, write_json
-from powersteer.errors import PowersteerError
+from powersteer.cli.output import err, out, show, show_json, tell, write_json
+from powersteer.errors import PowersteerError, PowersteerWarning
 
 if TYPE_CHECKING:
     from powersteer.training.config import TrainConfig
@@ -38,6 +37,7 @@ for command in (pairs.prepare, hub.card, hub.push):
 
 @app.command()
 def generate(
+    ctx: typer.Context,
     condition: Annotated[
         list[Path] | None,
         typer.Option(help="What to follow: PNG, JPEG, … (features: .npy); once for each adapter."),
@@ -86,6 +86,13 @@ def generate(
     from powersteer.generate import GenerateSettings, jobs_of, jobs_of_pairs, read_manifest
     from powersteer.generate import generate as run
 
+    of_each = ("condition", "prompt", "num_images")
+    if pairs is not None:
+        refuse_idle(ctx, "with --pairs, whose pairs have their own", *of_each, "manifest")
+    elif manifest is not None:
+        refuse_idle(ctx, "with --manifest, whose lines have their own", *of_each, "negative_prompt", "seed")
+    if init_image is None:
+        refuse_idle(ctx, "without --init-image", "strength")
     given = {"adapter": adapter, "scale": scale, "start": start, "end": end, "scheduler": scheduler}
     settings = build_config(
         {
@@ -108,7 +115,7 @@ def generate(
     else:
         jobs = jobs_of(prompt, condition or [], negative_prompt, seed, num_images)
     for path in run(settings, jobs, out_dir, batch_size=batch_size, resume=pairs is not None or manifest is not None):
-        out.print(str(path), soft_wrap=True, highlight=False)
+        show(str(path))
 
 
 @app.command()
@@ -140,11 +147,11 @@ def train(
     if not result.main_process:
         return
     if as_json:
-        out.print_json(json.dumps(result.as_json()))
+        show_json(result.as_json())
     elif result.interrupted:
         out.print(f"stopped at step {result.step}; the same command goes on from there")
     else:
-        out.print(f"{result.adapter_dir}: best weights are of step {result.best_step} of {result.step}", soft_wrap=True)
+        show(f"{result.adapter_dir}: best weights are of step {result.best_step} of {result.step}")
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -156,9 +163,9 @@ def _dry_run(settings: TrainConfig, as_json: bool) -> None:
 
     plan = dry_run(settings, int(os.environ.get("WORLD_SIZE", "1")))
     if as_json:
-        out.print_json(json.dumps(plan.as_json()))
+        show_json(plan.as_json())
         return
-    out.print("\n".join(f"{name}: {value}" for name, value in plan.config.items()), highlight=False, soft_wrap=True)
+    show("\n".join(f"{name}: {value}" for name, value in plan.config.items()))
     table = Table("dry run", "")
     for name, fact in plan.facts.items():
         shown = (
@@ -176,8 +183,15 @@ def _dry_run(settings: TrainConfig, as_json: bool) -> None:
     out.print(memory)
 
 
+_OF_PAIRS = (
+    *("adapter", "base", "pairs", "pictures", "draws", "diversity"),
+    *("seed", "steps", "guidance_scale", "scheduler", "save_pictures"),
+)
+
+
 @app.command()
 def evaluate(
+    ctx: typer.Context,
     data: Annotated[
         Path | None,
         typer.Argument(help="Pairs; of a data set with splits the held-out one is taken.", show_default=False),
@@ -243,8 +257,9 @@ def evaluate(
             "scheduler": scheduler,
             "save_pictures": save_pictures,
         }
-        result = run(build_config(values, EvaluateSettings, where="evaluate"), Console(stderr=True))
+        result = run(build_config(values, EvaluateSettings, where="evaluate"), err)
     elif data is None and real is not None and generated is not None:
+        refuse_idle(ctx, "with --real and --generated", *_OF_PAIRS)
         result = evaluate_folders(real, generated, build_config(measures, MeasureSettings, where="evaluate"))
     else:
         raise PowersteerError("give DATA, the folder of pairs; or --real and --generated, two folders of pictures")
@@ -253,7 +268,7 @@ def evaluate(
         table.add_row(figure.heading, *(str(figure.values.get(column, "")) for column in result.columns))
     out.print(table)
     for warning in result.warnings:
-        out.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False, soft_wrap=True)
+        tell("warning", "yellow", warning, err)
     write_json(json_file, result.as_json())
 
 
@@ -270,7 +285,7 @@ def pretrain(
     from powersteer.pretrain.config import PretrainConfig
     from powersteer.pretrain.stages import pretrain as run
 
-    out.print(str(run(load_config(config, PretrainConfig, overrides or []))))
+    show(run(load_config(config, PretrainConfig, overrides or [])))
 
 
 @app.command()
@@ -295,7 +310,7 @@ def convert(
         norm_num_groups=norm_num_groups,
         kind=kind,
     )
-    out.print(str(written), soft_wrap=True, highlight=False)
+    show(str(written))
 
 
 @app.command()
@@ -322,7 +337,7 @@ def studio(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a training under way is ended too
 
     with served(base, adapter or [], adapters_dir, host=host, port=port, auth=auth) as address:
-        out.print(f"the studio is at {address} (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+        show(f"the studio is at {address} (Ctrl-C ends it)")
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
 
@@ -346,7 +361,7 @@ def demo(
         out.print("stopped; the same command goes on from there")
         raise typer.Exit(130)
     if as_json:
-        out.print_json(json.dumps(result.metrics))
+        show_json(result.metrics)
         return
     metrics = result.metrics
     loss, lines = metrics["denoising_loss"], metrics["line_f1"]
@@ -359,11 +374,12 @@ def demo(
         f"{lines['share_of_way']:.0%} of the way to the artist's lines; {metrics['minutes']:.1f} minutes"
     )
     for name in ("report.html", "grid.png", "metrics.json"):
-        out.print(str(out_dir / name), highlight=False)
+        show(str(out_dir / name))
 
 
 @app.command()
 def compare(
+    ctx: typer.Context,
     experiment: Annotated[Path, typer.Argument(help="See configs/experiments/.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
@@ -378,14 +394,16 @@ def compare(
     from powersteer.compare_report import write_report
     from powersteer.config import load_config
 
+    if not report:
+        refuse_idle(ctx, "without --report", "out_file")
     settings = load_config(experiment, ExperimentConfig, overrides or [])
     if not report and run(settings):
         out.print("stopped; the same command goes on from there")
         raise typer.Exit(130)
     if report:
-        out.print(str(write_report(settings, out_file)), highlight=False, soft_wrap=True)
+        show(str(write_report(settings, out_file)))
     else:
-        out.print(f"{settings.results_dir}: done; --report writes tables and plots", highlight=False, soft_wrap=True)
+        show(f"{settings.results_dir}: done; --report writes tables and plots")
 
 
 def main() -> None:
@@ -394,16 +412,26 @@ def main() -> None:
     try:
         app()
     except PowersteerError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        tell("error", "red", str(error), err)
         sys.exit(2)
 
 
 def _quiet() -> None:
-    """Progress bars and notices of the libraries below say nothing that a user of ours can act on."""
+    """Progress bars and notices of the libraries below say nothing that a user can act on; our own warnings do."""
     import os
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
+    for category in (FutureWarning, UserWarning, Image.DecompressionBombWarning):
+        warnings.filterwarnings("ignore", category=category)
+    warnings.filterwarnings("default", category=PowersteerWarning)
+    plain = warnings.showwarning
+
+    def shown(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, PowersteerWarning):
+            tell("warning", "yellow", str(message), err)
+        else:
+            plain(message, category, *place)
+
+    warnings.showwarning = shown

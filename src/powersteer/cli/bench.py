@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from powersteer.cli.help import Commands
-from powersteer.cli.output import out, write_json
+from powersteer.cli.output import err, out, show, show_json, write_json
 from powersteer.errors import PowersteerError
 
 if TYPE_CHECKING:
@@ -149,10 +147,10 @@ def bench_posterior(
         seeds=seeds,
         updates=updates,
         prior_updates=prior_updates,
-        say=lambda line: Console(stderr=True).print(line, highlight=False),
+        say=err.print,
     )
     if as_json:
-        out.print_json(json.dumps(result.as_json()))
+        show_json(result.as_json())
         return
     table = Table("method", "pairs", "overall", *result.bands, title="share of the Bayes gap closed")
     prior = [-e / gap for e, gap in zip(result.prior_excess_by_band, result.gap_by_band, strict=True)]
@@ -164,7 +162,7 @@ def bench_posterior(
     out.print(table)
     out.print("0 % is the exact prior, 100 % the exact posterior; columns are bands of timesteps")
     for kind in ("json", "png"):
-        out.print(str(out_dir / f"{observation}.{kind}"), highlight=False, soft_wrap=True)
+        show(str(out_dir / f"{observation}.{kind}"))
 
 
 def _shape(shape: str) -> Shape:

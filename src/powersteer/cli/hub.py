@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from powersteer.cli.output import out
+from powersteer.cli.output import show
 
 
 def card(
@@ -19,7 +19,7 @@ def card(
 
     written = write_card(folder, name)
     note = "" if written else ": yours, and left as it is"
-    out.print(f"{folder / CARD}{note}", soft_wrap=True, highlight=False)
+    show(f"{folder / CARD}{note}")
 
 
 def push(
@@ -33,4 +33,4 @@ def push(
     from powersteer.hub import push as run
 
     address = run(folder, repo_id, private=private or None, commit_message=commit_message, create_pr=create_pr)
-    out.print(address, soft_wrap=True, highlight=False)
+    show(address)

@@ -29,6 +29,8 @@ MOST_LEVELS = 16
 _LFS = b"version https://git-lfs"
 """How a file begins that Git LFS has not fetched."""
 _AGAIN = "get it again, whole"
+_COUNTS = ("position_ids", "num_batches_tracked")
+"""Names of whole numbers among weights."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,11 @@ def _check_file(file: Path) -> None:
             if opened.read(len(_LFS)) == _LFS:
                 raise PowersteerError(f"{file} is a pointer of Git LFS, not the weights: run `git lfs pull` there")
         if file.suffix == ".safetensors":
-            with safe_open(file, "pt"):
-                pass
+            with safe_open(file, "pt") as tensors:
+                kinds = {name: str(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118
+            for name, kind in kinds.items():
+                if not kind.startswith(("F", "BF")) and not name.endswith(_COUNTS):
+                    raise PowersteerError(f"{file}: {name} holds {kind}, no weights: {_AGAIN}")
     except PowersteerError:
         raise
     except Exception as error:  # of the operating system, or safetensors' own

@@ -16,6 +16,7 @@ from rich.progress import track
 
 from powersteer.adapters import Adapter, channels_of, check_adapter, load_network, record_of
 from powersteer.base import EMBEDDED_BASE, load_base
+from powersteer.core.console import PlainConsole
 from powersteer.data.conditioning import HELD_OUT, conditioning_of
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, spread
@@ -96,7 +97,7 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> Eval
     Raises:
         PowersteerError: No such base, adapter or data, weights or a package are missing, or a folder cannot be written.
     """
-    console = console or Console(quiet=True)
+    console = console or PlainConsole(quiet=True)
     subject = _load(settings)
     clip = load_clip_of(settings, settings.base)
     looking = load_condition_extractor(settings, subject.kind)
