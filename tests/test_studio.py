@@ -1,3 +1,5 @@
+import io
+import json
 import shlex
 import sys
 import threading
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
 from conftest import draw_pairs
@@ -14,12 +17,13 @@ from powersteer import PowersteerError
 from powersteer.cli import app
 from powersteer.conditions.sketch import sketch_condition
 from powersteer.generate import steered_pictures
-from powersteer.metadata import read_metadata, save_picture
+from powersteer.metadata import CONDITIONS_KEY, SETTINGS_KEY, read_metadata, save_picture
 from powersteer.studio.progress import Progress, Stopped, reported
 from powersteer.studio.recipe import as_command, as_python
 from powersteer.studio.serve import is_loopback, served
 from powersteer.studio.training import Training
-from powersteer.studio.work import AS_IT_IS, Result, Studio, Wanted, Wish, as_data_url, pixel_spread
+from powersteer.studio.wishes import Wanted, Wish
+from powersteer.studio.work import AS_IT_IS, Result, Studio, as_data_url, pixel_spread
 
 
 def drawing(shift: int = 0) -> str:
@@ -178,6 +182,92 @@ def test_pictures_that_cannot_be_made_here_are_refused(studio, tmp_path):
         studio.reload(tmp_path / "it.png")
 
 
+ABSURD = [
+    *({name: []} for name in ("scale", "start", "end", "adapter", "prompt", "seed", "condition", "base", "scheduler")),
+    *({name: [1, 1]} for name in ("scale", "start", "end")),
+    *({name: value} for name in ("scale", "start") for value in (None, "x", [None], [["a"]], {"a": 1}, [1e308], [-1])),
+    *({"seed": value} for value in (-1, 2**32, 2**63, 10**290, 1.5, "x", None, [1])),
+    *({"num_inference_steps": value} for value in (0, -1, 101, 10**18, "x", None)),
+    *({"guidance_scale": value} for value in (0, 1e308, "x", None, [3])),
+    *({"scheduler": value} for value in ("x", 1, {})),
+    *({"adapter": value} for value in (["sketch"] * 4, ["mine"] * 1000, [1], "mine", [None], [""])),
+    {"prompt": None},
+    {"prompt": "a" * 100_000},
+    {"prepared": True},
+    {"base": ["a"]},
+    {"strength": "x"},
+    {"": 1},
+]
+
+
+@pytest.mark.parametrize("change", ABSURD, ids=str)
+def test_absurd_settings_in_a_picture_are_refused(studio, tmp_path, change):
+    adapter = studio.adapters()[0]
+    made = result_of(studio, wish(studio)).made[0]
+    change = {key: [adapter] * 4 if value == ["sketch"] * 4 else value for key, value in change.items()}
+    told = read_metadata(made.picture).settings
+    save_picture(Image.new("RGB", (32, 32)), tmp_path / "it.png", told | change, made.job.condition)
+    if change == {"condition": []}:  # the drawing is carried along, whatever its file was called
+        assert studio.reload(tmp_path / "it.png").prompt == "a fox"
+        return
+    with pytest.raises(PowersteerError) as info:
+        studio.reload(tmp_path / "it.png")
+    assert "\n" not in str(info.value)
+    assert str(tmp_path / "it.png") not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "conditions"),
+    [
+        ("[" * 100_000, None),
+        ('{"a":' * 100_000, None),
+        ("9" * 6000, None),
+        ("NaN", None),
+        ('{"seed": 1, "seed": 2}', None),
+        ("x", None),
+        ("[]", None),
+        (None, "[" * 100_000),
+        (None, "5"),
+        (None, "[5]"),
+        (None, '["!"]'),
+        (None, '["AAAA"]'),
+    ],
+    ids=range(12),
+)
+def test_damaged_settings_in_a_picture_are_refused(studio, tmp_path, settings, conditions):
+    made = result_of(studio, wish(studio)).made[0]
+    info = PngInfo()
+    info.add_text(SETTINGS_KEY, json.dumps(read_metadata(made.picture).settings) if settings is None else settings)
+    if conditions is not None:
+        info.add_text(CONDITIONS_KEY, conditions, zip=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "it.png", pnginfo=info)
+    with pytest.raises(PowersteerError):
+        studio.reload(tmp_path / "it.png")
+
+
+def test_messages_do_not_tell_where_the_server_keeps_pictures(studio, tmp_path):
+    adapter, place = studio.adapters()[0], tmp_path / "work" / "gradio" / "0f"
+    place.mkdir(parents=True)
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "PNG")
+    faults = {
+        "no.png": b"no picture",
+        "cut.png": buffer.getvalue()[:-30],
+        "deep.png": buffer.getvalue()[:24] + b"\x10" + buffer.getvalue()[25:],
+        "empty.png": b"",
+    }
+    for name, content in faults.items():
+        (place / name).write_bytes(content)
+        for way in (lambda file: studio.extract(file, adapter, AS_IT_IS), studio.reload):
+            with pytest.raises(PowersteerError) as info:
+                way(place / name)
+            assert name in str(info.value)
+            assert str(tmp_path) not in str(info.value)
+    with pytest.raises(PowersteerError, match="there is no extractor 'no'"):
+        (place / "it.png").write_bytes(buffer.getvalue())
+        studio.extract(place / "it.png", adapter, "no")
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -188,6 +278,23 @@ def test_pictures_that_cannot_be_made_here_are_refused(studio, tmp_path):
         ({"guidance_scale": 0.5}, "guidance_scale"),
         ({"num_images": 9}, "too much at once"),
         ({"num_inference_steps": 101}, "at most 8 pictures of 100 steps"),
+        ({"prompt": None}, "'prompt'"),
+        ({"prompt": "a" * 5000}, "'prompt'"),
+        ({"negative_prompt": 5}, "'negative_prompt'"),
+        ({"seed": -1}, "'seed'"),
+        ({"seed": 2**64}, "'seed'"),
+        ({"seed": float("nan")}, "'seed'"),
+        ({"num_images": 0}, "'num_images'"),
+        ({"num_inference_steps": float("inf")}, "'num_inference_steps'"),
+        ({"guidance_scale": float("nan")}, "'guidance_scale'"),
+        ({"scheduler": "magic"}, "'scheduler'"),
+        ({"scale": float("nan")}, "scale"),
+        ({"scale": -1}, "scale"),
+        ({"scale": 1e999}, "scale"),
+        ({"conditions": [Wanted("mine", drawing(), 1.0, -0.1)]}, "start"),
+        ({"conditions": [Wanted("mine", drawing(), 1.0, 0.0, float("nan"))]}, "end"),
+        ({"conditions": [Wanted("mine", 5)]}, "drawing"),
+        ({"conditions": [Wanted("mine", drawing())] * 4}, "conditions"),
     ],
 )
 def test_what_is_missing_is_said(studio, given, said):
@@ -271,10 +378,26 @@ def test_loopback(host, wanted):
     assert not is_loopback("example.org")
 
 
+def test_the_last_seeds_are_followed_by_the_first(studio):
+    result = result_of(studio, wish(studio, seed=2**32 - 1, num_images=2))
+    assert [made.job.seed for made in result.made] == [2**32 - 1, 0]
+    assert studio.reload(result.made[1].picture).seed == 0
+
+
+def test_ipv6_loopback_is_this_machine(studio, tmp_path):
+    httpx = pytest.importorskip("httpx")
+    pytest.importorskip("gradio")
+    for host in ("::1", "[::1]"):
+        with served(studio.base, studio.adapters(), tmp_path / "runs", host=host) as address:
+            assert address.startswith("http://[::1]:")
+            assert httpx.get(address, trust_env=False).status_code == 200
+
+
 def test_others_need_a_password():
     run = CliRunner().invoke(app, ["studio", "--host", "0.0.0.0"])
     assert isinstance(run.exception, PowersteerError)
     assert "others can reach 0.0.0.0: give --auth user:password" in str(run.exception)
+    assert not is_loopback("::ffff:10.0.0.1")
     for auth in ("me", "me:", ":word"):
         with pytest.raises(PowersteerError, match="--auth is user:password"), served(auth=auth):
             pass

@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import random
 import struct
 import zipfile
 import zlib
@@ -72,6 +73,10 @@ def test_a_drawing_is_kept_byte_for_byte(tmp_path):
         as_url(encoded(Image.new("L", (8, 8)), "JPEG")),
         as_url(encoded(Image.new("L", (2000, 8)))),
         as_url(png_of_size(60_000, 60_000)),
+        "data:image/png;base64,ä",
+        "data:image/png;base64,",
+        "data:image/png;base64," + "A" * 8_000_004,
+        as_url(encoded(Image.new("L", (8, 8)))[:40]),
     ],
 )
 def test_a_drawing_that_no_canvas_made_is_refused(tmp_path, drawing):
@@ -144,6 +149,93 @@ def test_damaged_and_encrypted_zips_are_refused(tmp_path):
         unpack_pairs(archive, tmp_path / "out")
 
 
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    """A zip with flipped bytes, cut short, with a part twice, or without one."""
+    data = bytearray(content)
+    place, length = chance.randrange(len(data)), chance.randrange(1, 64)
+    kind = chance.randrange(5)
+    if kind == 0:
+        return bytes(data[:place])
+    if kind == 1:
+        del data[place : place + length]
+    elif kind == 2:
+        data[place:place] = data[place : place + length]
+    else:
+        for _ in range(1 if kind == 3 else chance.randrange(2, 20)):
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    return bytes(data)
+
+
+def fuzzed(tmp_path, compression: int, seeds: range) -> tuple[int, int]:
+    """How many of so many damaged zips are unpacked, and how many refused; a refused one leaves nothing."""
+    pairs = draw_pairs(tmp_path / "mine", 3)
+    with zipfile.ZipFile(tmp_path / "whole.zip", "w", compression) as archive:
+        for file in sorted(pairs.rglob("*.*")):
+            archive.write(file, file.relative_to(tmp_path))
+    content = (tmp_path / "whole.zip").read_bytes()
+    training = Training("powersteer-tiny", tmp_path / "runs", tmp_path / "work")
+    unpacked = refused = 0
+    for seed in seeds:
+        (tmp_path / "it.zip").write_bytes(damaged(content, random.Random(seed)))
+        before = sorted((tmp_path / "work" / "pairs").glob("*"))
+        try:
+            found = training.look(tmp_path / "it.zip", who=str(seed % 2))
+            assert found.folder.is_dir()
+            unpacked += 1
+        except PowersteerError as error:
+            assert str(tmp_path) not in str(error)
+            assert "\n" not in str(error)
+            assert sorted((tmp_path / "work" / "pairs").glob("*")) == before
+            refused += 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["it.zip", "mine", "whole.zip", "work"]
+    return unpacked, refused
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damaged_zips_are_unpacked_or_refused_and_leave_nothing(tmp_path, compression):
+    unpacked, refused = fuzzed(tmp_path, compression, range(75))
+    assert refused > 30
+    assert unpacked + refused == 75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_thousands_of_damaged_zips(tmp_path, compression):
+    unpacked, refused = fuzzed(tmp_path, compression, range(1000, 1500))
+    assert unpacked + refused == 500
+    assert min(unpacked, refused) > 0
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a" * 300 + ".png"], "cannot be unpacked"),
+        (["a/" * 2000 + "0.png"], "more than 20 deep"),
+        (["a/" * 19 + "a" * 200 + "/" + "b" * 300], "more than 20 deep|cannot be unpacked"),
+        (["a\0b.png", "a\0c.png"], "twice|leads out of it|cannot be unpacked|not a readable picture"),
+        (["images", "images/0.png"], "cannot be unpacked"),
+        (["0.txt", "0.txt"], "'0.txt' twice"),
+        (["a/0.txt", "a//0.txt"], "'a/0.txt' twice"),
+        (["a\\0.txt", "a/0.txt"], "'a/0.txt' twice"),
+        ([""], "cannot be unpacked"),
+        (["."], "cannot be unpacked"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_names_that_no_folder_can_hold_are_refused(tmp_path, names, said):
+    def raw(name: str) -> zipfile.ZipInfo:
+        info = zipfile.ZipInfo("placeholder")
+        info.filename = name
+        return info
+
+    with zipfile.ZipFile(tmp_path / "pairs.zip", "w") as archive:
+        for name in names:
+            archive.writestr(raw(name), b"x")
+    with pytest.raises(PowersteerError, match=said):
+        unpack_pairs(tmp_path / "pairs.zip", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("elsewhere", ["../secret.png", "../../secret.png", "{tmp_path}/secret.png"])
 def test_a_zip_whose_metadata_names_pictures_elsewhere_is_refused(tmp_path, elsewhere):
     secret = Image.new("RGB", (32, 32))
@@ -157,6 +249,7 @@ def test_a_zip_whose_metadata_names_pictures_elsewhere_is_refused(tmp_path, else
         secret.save(place / "secret.png")
     with pytest.raises(PowersteerError, match="names pictures that are not in it"):
         Training("powersteer-tiny", tmp_path / "runs", work_dir).look(archive)
+    assert [file.name for file in (work_dir / "pairs").iterdir()] == ["secret.png"]
 
 
 def test_pairs_of_a_zip_are_checked_and_shown(tmp_path):

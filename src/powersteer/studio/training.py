@@ -111,7 +111,10 @@ class Training:
         save_config(config, file)
         with (self.work_dir / "train.log").open("wb") as log:
             command = [sys.executable, "-m", "powersteer.studio.attended", str(file)]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+            # In a session of its own: Ctrl-C in the terminal would reach it besides `stop`, and twice means at once.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            )
         self._output_dir, self._folder, self._stopped = output_dir, found.folder, False
 
     @property

@@ -43,7 +43,7 @@ class Wish:
     """What a person asked for; see `checked`."""
 
     prompt: _Text
-    conditions: Sequence[Wanted]
+    conditions: Annotated[Sequence[Wanted], Field(max_length=CONDITIONS)]
     negative_prompt: _Text = ""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     num_images: Annotated[int, Field(ge=1)] = 1
