@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from conftest import draw_pairs
-from powersteer.data.check import check_pairs, perceptual_hash
+from powersteer.data.check import check_pairs
+from powersteer.data.looks import perceptual_hash
 
 
 def rewrite(folder, change):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from powersteer.cli.help import Commands
-from powersteer.cli.output import out
+from powersteer.cli.output import out, show, show_json, tell
 from powersteer.errors import PowersteerError
 
+if TYPE_CHECKING:
+    from powersteer.data.findings import Finding
+
+STYLES = {"error": "red", "warning": "yellow", "note": ""}
 data = typer.Typer(cls=Commands, help="Look at training pairs.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -29,18 +31,24 @@ def prepare(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings of the extractor.")
     ] = None,
     extractor: Annotated[str | None, typer.Option(help="What makes the conditions; --list has all.")] = None,
-    captions: Annotated[str, typer.Option(help="Of several: all, first or random.")] = "all",
+    captions: Annotated[str | None, typer.Option(help="Of several: all (the default), first or random.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Pixels of the shorter side; else as they are.")] = None,
-    background: Annotated[str, typer.Option(help="A colour, behind what is transparent.")] = "white",
+    background: Annotated[str | None, typer.Option(help="A colour behind what is transparent; else white.")] = None,
     shards: Annotated[bool, typer.Option("--shards", help="Write WebDataset shards.")] = False,
-    num_shards: Annotated[int, typer.Option(help="Parts of the work, one a machine.")] = 1,
-    shard_index: Annotated[int, typer.Option(help="The part to do here, from 0.")] = 0,
+    num_shards: Annotated[int | None, typer.Option(help="Parts of the work, one a machine.")] = None,
+    shard_index: Annotated[int | None, typer.Option(help="The part to do here, from 0.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
     show_list: Annotated[bool, typer.Option("--list", help="Print all extractors, and what each needs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result, or the list, as JSON.")] = False,
 ) -> None:
     """Make pairs to train on of pictures. The same command goes on with a run that was interrupted."""
+    given: dict[str, Any] = {"task": task, "source": source, "out_dir": out_dir, "extractor": extractor}
+    given |= {"captions": captions, "resolution": resolution, "background": background, "shards": shards or None}
+    given |= {"num_shards": num_shards, "shard_index": shard_index, "workers": workers}
+    given = {name: value for name, value in given.items() if value is not None}
     if show_list:
+        if given or settings:
+            raise PowersteerError("--list prints all extractors, and does nothing else: leave the rest out")
         _list_extractors(as_json)
         return
     if task is None or source is None or out_dir is None:
@@ -49,20 +57,19 @@ def prepare(
     from powersteer.data.prepare import PrepareConfig
     from powersteer.data.prepare import prepare as run
 
-    given: dict[str, Any] = {"task": task, "source": source, "out_dir": out_dir, "extractor": extractor}
-    given |= {"captions": captions, "resolution": resolution, "background": background, "shards": shards}
-    given |= {"num_shards": num_shards, "shard_index": shard_index, "workers": workers}
     overrides = [f"settings.{setting}" for setting in settings or []]
     result = run(build_config(given, PrepareConfig, overrides, where="prepare"))
     if as_json:
-        out.print_json(json.dumps(result.as_json()))
+        show_json(result.as_json())
         return
     for split, count in result.pairs.items():
-        out.print(f"{out_dir / split}: {count} pairs", soft_wrap=True, highlight=False)
+        show(f"{out_dir / split}: {count} pairs")
     if result.rejected:
-        out.print(f"{result.rejected} refused: see rejected.csv", soft_wrap=True, highlight=False)
+        show(f"{result.rejected} refused: see rejected.csv")
+    for one in result.findings:
+        tell(one.severity, STYLES[one.severity], one.line)
     if not result.complete:
-        out.print("other parts are not done yet: the last to be done completes the data set")
+        show("other parts are not done yet: the last to be done completes the data set")
 
 
 def _list_extractors(as_json: bool) -> None:
@@ -73,7 +80,7 @@ def _list_extractors(as_json: bool) -> None:
     import_module("powersteer.conditions.catalogue")  # registers them
     if as_json:
         known = [{"task": one.task, "extractor": one.name, "needs": one.needs} for one in EXTRACTORS.known.values()]
-        out.print_json(json.dumps(known))
+        show_json(known)
         return
     table = Table("task", "extractor", "needs")
     for one in EXTRACTORS.known.values():
@@ -95,6 +102,12 @@ def data_check(
     conditioning_image_column: Annotated[str, typer.Option(help="Of conditions.")] = "conditioning_image",
     caption_column: Annotated[str, typer.Option(help="Of captions.")] = "text",
     default_prompt: Annotated[str | None, typer.Option(help="Caption of pairs that have none.")] = None,
+    base: Annotated[
+        str, typer.Option(help="What is to be steered: its tokenizer says which captions are cut.")
+    ] = "powersteer-tiny",
+    resolution: Annotated[
+        int | None, typer.Option(min=8, max=8192, help="Pixels of the side to train at; the base's own by default.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Read every pair and say what is there; exit status 1 where training would fail."""
@@ -108,21 +121,30 @@ def data_check(
         kind=kind,
         columns=Columns(image_column, conditioning_image_column, caption_column),
         default_prompt=default_prompt,
+        base=base,
+        resolution=resolution,
     )
     if as_json:
-        out.print_json(json.dumps(report.as_json()))
+        show_json(report.as_json())
     else:
         table = Table(str(folder), "")
         for name, fact in report.facts.items():
             table.add_row(name.replace("_", " "), _shown(fact))
         out.print(table)
-        for colour, word, lines in (("yellow", "warning", report.warnings), ("red", "error", report.errors)):
-            for line in lines[:20]:
-                out.print(f"[{colour}]{word}:[/{colour}] {escape(line)}", highlight=False, soft_wrap=True)
-            if len(lines) > 20:
-                out.print(f"… and {len(lines) - 20} more; --json has all", highlight=False)
+        if report.findings:
+            out.print(_findings(report.findings))
+        if len(report.errors) > sum(one.severity == "error" for one in report.findings):
+            show(f"--json lists all {len(report.errors)} errors")
     if report.errors:
         raise typer.Exit(1)
+
+
+def _findings(findings: list[Finding]) -> Table:
+    """One a row: how bad, what, one example, what to do."""
+    table = Table(*(Column(name, overflow="fold") for name in ("", "found", "such as", "what to do")), show_lines=True)
+    for one in findings:
+        table.add_row(one.severity, one.text, one.example, one.remedy, style=STYLES[one.severity])
+    return table
 
 
 def _shown(fact: object) -> str:

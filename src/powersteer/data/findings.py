@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+"""The worst first."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,12 @@ def finding(severity: Severity, name: str, text: str, found: Sequence[str], reme
     Args:
         severity: How bad it is.
         name: For programs.
-        text: With ``{}`` for the count.
+        text: The first ``{}`` in it is the count.
         found: All that it was found in; the first is the example.
         remedy: What to do.
     """
-    return [Finding(severity, name, len(found), text.format(len(found)), found[0], remedy)] if found else []
+    text = text.replace("{}", str(len(found)), 1)
+    return [Finding(severity, name, len(found), text, found[0], remedy)] if found else []
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ ALIKE = 8
 ALIKE_COLOURS = 4
 """And the most their thumbnails may, in 255ths, on average: flat pictures differ in little else."""
 
+_AT_ONCE = 1024
+
 
 def perceptual_hash(picture: Image.Image) -> npt.NDArray[np.float32]:
     """Difference hash: whether each of 16×16 cells is brighter than its right neighbour; (256,), -1 or 1."""
@@ -23,25 +25,31 @@ def thumbnail(picture: Image.Image) -> npt.NDArray[np.float32]:
     return np.asarray(picture.resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
 
 
-def alike(
+def first_alike(
     hashes: npt.NDArray[np.float32],
     thumbnails: npt.NDArray[np.float32],
     other_hashes: npt.NDArray[np.float32],
     other_thumbnails: npt.NDArray[np.float32],
-) -> list[tuple[int, int]]:
-    """Pairs of indices of pictures that look alike.
+    *,
+    earlier: bool = False,
+) -> dict[int, int]:
+    """Pictures that look like one of the others: index → index of the first of these.
 
     Args:
         hashes: (N, 256), of `perceptual_hash`.
         thumbnails: (N, 16, 16, 3).
         other_hashes: (M, 256).
         other_thumbnails: (M, 16, 16, 3).
+        earlier: The others are the same pictures, of which only those before each count.
     """
-    found: list[tuple[int, int]] = []
-    for start in range(0, len(hashes), 1024):
-        agreement = hashes[start : start + 1024] @ other_hashes.T  # 256 − 2 × differing bits
-        for row, j in np.argwhere(agreement >= 256 - 2 * ALIKE):
-            i = start + int(row)
-            if np.abs(thumbnails[i] - other_thumbnails[j]).mean() <= ALIKE_COLOURS:
-                found.append((i, int(j)))
+    found: dict[int, int] = {}
+    for start in range(0, len(hashes), _AT_ONCE):
+        agreement = hashes[start : start + _AT_ONCE] @ other_hashes.T  # 256 − 2 × differing bits
+        for i, row in enumerate(agreement >= 256 - 2 * ALIKE, start):
+            places = np.flatnonzero(row[:i] if earlier else row)
+            for part in (places[at : at + _AT_ONCE] for at in range(0, len(places), _AT_ONCE)):
+                near = np.abs(other_thumbnails[part] - thumbnails[i]).mean(axis=(1, 2, 3)) <= ALIKE_COLOURS
+                if near.any():
+                    found[i] = int(part[near.argmax()])
+                    break
     return found

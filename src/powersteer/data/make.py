@@ -18,7 +18,7 @@ from PIL import Image
 from powersteer.conditions.extractor import Box, Extractor, Registered, Subject
 from powersteer.core.console import printable
 from powersteer.core.files import reason_of, write_whole
-from powersteer.data.looks import alike, perceptual_hash, thumbnail
+from powersteer.data.looks import first_alike, perceptual_hash, thumbnail
 from powersteer.data.pairs import same_aspect
 from powersteer.data.sources.base import Captions, Item
 from powersteer.errors import PowersteerError
@@ -101,8 +101,9 @@ class HeldOut:
             raise PowersteerError(f"held out too, as '{same}': the same subject")
         if measures.digest in self.digests:
             raise PowersteerError(f"held out too, as '{self.digests[measures.digest]}': the same file")
-        for i, _ in alike(self.shapes, self.colours, measures.shape[None], measures.colours[None])[:1]:
-            raise PowersteerError(f"looks like '{self.names[i]}', which is held out")
+        alike = first_alike(measures.shape[None], measures.colours[None], self.shapes, self.colours)
+        if alike:
+            raise PowersteerError(f"looks like '{self.names[alike[0]]}', which is held out")
 
 
 @dataclass(frozen=True)

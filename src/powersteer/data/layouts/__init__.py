@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from powersteer.core.files import is_folder
 from powersteer.data.layouts.base import (
     PICTURE_SUFFIXES,
     Columns,
@@ -16,7 +17,6 @@ from powersteer.data.layouts.base import (
     Seen,
     files_in,
     inside,
-    is_folder,
     listed,
 )
 from powersteer.data.layouts.basenames import Basenames
@@ -107,12 +107,11 @@ def look(folder: Path, columns: Columns | None = None) -> Found:
     rows, faults = _whole(layout.rows(folder, columns, seen), str(folder), columns, seen)
     if not rows and not faults:
         raise PowersteerError(f"{folder} has no rows")
-    left_out = [
-        str(path) for path in files_in(folder) if not _is_ours(path) and os.path.normpath(path) not in seen.files
-    ]
-    held_out = [str(path) for path in inside(folder) if is_folder(path) and is_held_out(path.name)]
+    held_out: list[str] = []
+    files = [path for path in files_in(folder, held_out=held_out) if not _is_ours(path)]
+    left_out = sorted(str(path) for path in files if os.path.normpath(path) not in seen.files)
     lie_there = [row for row in rows if row.image.file and _lies_in_held_out(row.image.file, folder)]
-    return Found(rows, faults, sorted(left_out) + seen.left_out, held_out, lie_there)
+    return Found(rows, faults, left_out + seen.left_out, sorted(held_out), lie_there)
 
 
 def hub_rows(name: str, config_name: str | None, split: str, columns: Columns) -> list[Row]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from powersteer.core.files import reason_of
+from powersteer.core.files import is_folder, reason_of
 from powersteer.core.images import picture_suffixes
 from powersteer.data.rows import Row
 from powersteer.data.splits import is_held_out
@@ -106,14 +106,6 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _OF_THE_SYSTEM
 
 
-def is_folder(path: Path) -> bool:
-    """Whether there is such a folder; a name that none can have is none."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
-
-
 def inside(folder: Path) -> list[Path]:
     """Files and folders in a folder by name, without hidden ones.
 
@@ -151,19 +143,21 @@ def _pictures_in(folder: Path, suffixes: frozenset[str], held_out: bool, above: 
             yield path
 
 
-def files_in(folder: Path, *, held_out: bool = True) -> Iterator[Path]:
+def files_in(folder: Path, *, held_out: list[str] | None = None) -> Iterator[Path]:
     """All files of a folder and the folders in it, without hidden ones; links to folders are not followed.
 
     Args:
         folder: The folder.
-        held_out: As of `pictures_in`.
+        held_out: Where folders that by their name hold a validation or test split are noted, and passed over.
     """
     waiting = [folder]
     while waiting:
         for path in inside(waiting.pop()):
             if not is_folder(path):
                 yield path
-            elif not path.is_symlink() and (held_out or not is_held_out(path.name)):
+            elif held_out is not None and is_held_out(path.name):
+                held_out.append(str(path))
+            elif not path.is_symlink():
                 waiting.append(path)
 
 

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from powersteer.conditions.kinds import FEATURE_SUFFIX
-from powersteer.core.files import is_file
+from powersteer.core.files import is_file, is_folder
 from powersteer.core.text import read_text
-from powersteer.data.layouts.base import Columns, ReadRow, Seen, alone, is_folder, pictures_in
+from powersteer.data.layouts.base import Columns, ReadRow, Seen, alone, pictures_in
 from powersteer.data.rows import Picture, Row
 from powersteer.errors import PowersteerError
 
@@ -37,9 +37,11 @@ class Basenames:
 
 
 def _row(where: str, name: str, images: list[Path], conditions: list[Path], seen: Seen) -> Row:
-    caption = seen.take(images[0].with_suffix(".txt"))
+    caption = images[0].with_suffix(".txt")
+    for file in (caption, *images, *conditions):
+        seen.take(file)
     for files in (images, conditions):
-        alone(where, name, [str(seen.take(file)) for file in files])
+        alone(where, name, [str(file) for file in files])
     if not conditions:
         raise PowersteerError(f"{where}: '{images[0]}' has no partner of its name in {CONDITIONS}")
     (image,), (condition,) = images, conditions

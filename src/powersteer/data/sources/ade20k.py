@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from powersteer.conditions.extractor import Subject, Task
-from powersteer.core.files import is_file
+from powersteer.core.files import is_file, is_folder
 from powersteer.core.text import read_text
-from powersteer.data.layouts.base import alone, files_in, inside, is_folder, pictures_in
+from powersteer.data.layouts.base import alone, files_in, inside, pictures_in
 from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, name_of
 from powersteer.data.sources.frame import open_frame, open_index
 from powersteer.errors import PowersteerError

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from powersteer.conditions.extractor import Box, Subject, Task
-from powersteer.core.files import is_file
-from powersteer.data.layouts.base import alone, files_in, inside, is_folder, pictures_in
+from powersteer.core.files import is_file, is_folder
+from powersteer.data.layouts.base import alone, files_in, inside, pictures_in
 from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, name_of
 from powersteer.data.sources.frame import Frame, open_frame, open_index
 from powersteer.data.sources.json_scan import Span, read_spans, scan

@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from powersteer.conditions.extractor import Box, Subject, Task
 from powersteer.conditions.tensors import read_features
-from powersteer.core.files import is_file, read_bytes
+from powersteer.core.files import is_file, is_folder, read_bytes
 from powersteer.core.text import json_lines, parse_object, read_text
-from powersteer.data.layouts.base import alone, files_in, inside, is_folder, pictures_in, texts_of
+from powersteer.data.layouts.base import alone, files_in, inside, pictures_in, texts_of
 from powersteer.data.sources.base import Choice, Item, Loaded, Wanted, name_of, plain_name
 from powersteer.data.sources.frame import open_drawing, open_frame, open_index
 from powersteer.data.splits import Split, is_held_out, split_of
@@ -90,7 +90,7 @@ class Folder:
     def _split(self, split: Split, folder: Path, wanted: Wanted) -> list[Item]:
         is_training = split == "train"
         rows = _metadata(folder, is_training)
-        unread = (path for path in files_in(folder, held_out=not is_training) if path.name == METADATA)
+        unread = (path for path in files_in(folder, held_out=[] if is_training else None) if path.name == METADATA)
         elsewhere = next((path for path in unread if path.parent != folder), None)
         if elsewhere is not None:
             raise PowersteerError(f"{elsewhere} is not read: give {elsewhere.parent} as the source, or move it up")
