@@ -205,7 +205,7 @@ def _expand(pattern: str) -> list[str]:
     first, last = found.groups()
     most = len(str(MOST_SHARDS))
     if len(first.lstrip("0")) > most or len(last.lstrip("0")) > most or not 0 <= int(last) - int(first) < MOST_SHARDS:
-        raise PowersteerError(f"{found.group()[:40]} is no range of shards: give {{000..099}}, the lesser number first")
+        raise PowersteerError(f"{found.group()[:40]} is no range of shards: give {{000..099}}, the lesser first")
     before, after = pattern[: found.start()], pattern[found.end() :]
     return [
         name
