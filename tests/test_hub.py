@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -15,7 +16,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import build_pipe, draw_pairs, randomise
-from powersteer import BPSModel, PowersteerError, load_adapter
+from powersteer import BPSModel, PowersteerError, load_adapter, load_base
+from powersteer.adapters import load_network, make_adapter
 from powersteer.card import MARK, model_card, write_card
 from powersteer.cli import app
 from powersteer.generate import GenerateSettings, generate, jobs_of
@@ -187,6 +189,70 @@ def test_an_adapter_of_a_newer_version_is_refused(hub, adapter):
     hub.repos["you/tiny"]["config.json"] = json.dumps(config).encode()
     with pytest.raises(PowersteerError, match=r"newer powersteer, with the setting 'feathers'.*pip install --upgrade"):
         load_adapter("you/tiny")
+
+
+def files_of(folder):
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_a_base_of_the_hub_is_fetched_without_what_is_not_loaded(hub, base_dir):
+    files = files_of(base_dir)
+    plain = [name for name in files if name.endswith(".safetensors")]
+    decoys = {name.replace(".safetensors", end): b"x" for name in plain for end in (".fp16.safetensors", ".bin")}
+    decoys |= {"unet/code.py": b"x", "v1-5-pruned.safetensors": b"x", "safety_checker/model.safetensors": b"x"}
+    hub.repos["you/base"] = files | decoys
+    pipe = load_base("you/base")
+    for name, tensor in load_base(str(base_dir)).unet.state_dict().items():
+        assert torch.equal(pipe.unet.state_dict()[name], tensor)
+    assert not [path for path in hub.requests if path.endswith(tuple(decoys))]
+    halves = {
+        name.replace(".safetensors", ".fp16.safetensors") if name in plain else name: c for name, c in files.items()
+    }
+    hub.repos["you/half"] = halves | {"unet/diffusion_pytorch_model.fp16.bin": b"x"}
+    assert load_base("you/half").unet.dtype == torch.float32
+
+
+def test_a_base_of_the_hub_that_is_none_or_incomplete(hub, base_dir):
+    files = files_of(base_dir)
+    hub.repos["you/flux"] = {"model_index.json": b'{"_class_name": "FluxPipeline"}', "vae/model.safetensors": b"x"}
+    hub.repos["you/code"] = files | {"model_index.json": b'{"_class_name": ["pipeline", "Mine"]}', "pipeline.py": b"x"}
+    hub.repos["you/words"] = {name: content for name, content in files.items() if name != "tokenizer/tokenizer.json"}
+    hub.repos["you/unet"] = {name: content for name, content in files.items() if not name.startswith("unet/diff")}
+    hub.repos["you/single"] = {"model.safetensors": b"x"}
+    for name, words in (
+        ("flux", "it is a FluxPipeline without a UNet2DConditionModel"),
+        ("code", r"names the class \['pipeline', 'Mine'\], no pipeline of this diffusers"),
+        ("words", "tokenizer lacks tokenizer.json"),
+        ("unet", "unet lacks diffusion_pytorch_model.safetensors"),
+        ("single", "model_index.json"),
+        ("none", "cannot fetch 'you/none': the Hub has no such model"),
+    ):
+        with pytest.raises(PowersteerError, match=f"cannot load the base 'you/{name}': .*{words}"):
+            load_base(f"you/{name}")
+    assert not any(path.endswith(("/pipeline.py", "/vae/model.safetensors")) for path in hub.requests)
+
+
+def test_a_baseline_of_the_hub(hub, pipe, tmp_path):
+    network = make_adapter(pipe.unet, preset="t2i-adapter", pixel_unshuffle=4)
+    network.save_pretrained(tmp_path / "made")
+    hub.repos["you/t2i"] = files_of(tmp_path / "made")
+    loaded = load_network("you/t2i")
+    assert type(loaded) is type(network)
+    with pytest.raises(PowersteerError, match="is of the class ZeroStartT2IAdapter, not a BPS network"):
+        load_adapter("you/t2i")
+
+
+@pytest.mark.parametrize("path", ["../../../out.json", "/tmp/out.json", "a/../../../../../out.json", "a\0b.json"])
+def test_a_repository_whose_files_lead_out_of_it(hub, adapter, tmp_path, path):
+    """What is fetched stays in the cache; of what is asked for nothing is missing."""
+    adapter.push_to_hub("you/tiny")
+    hub.repos["you/tiny"] |= {path: b"{}", f"diffusion_pytorch_model{path}.safetensors": b"{}"}
+    try:
+        load_adapter("you/tiny")
+    except PowersteerError as error:
+        assert "\n" not in str(error)
+    outside = [place for place in tmp_path.parent.rglob("out*") if tmp_path / "hub-cache" not in place.parents]
+    assert not outside and not Path("/tmp/out.json").exists()
 
 
 def test_errors_of_the_hub_are_plain(hub, adapter, monkeypatch, tmp_path):

@@ -165,7 +165,7 @@ def push(
 @contextmanager
 def _told_plainly(repo_id: str, task: str) -> Generator[None]:
     """The Hub's many errors as the few that a person can mend."""
-    cannot = f"cannot {task} '{repo_id}'"
+    cannot = f"cannot {task} '{repo_id[:200]}'"
     try:
         yield
     except PowersteerError:

@@ -35,8 +35,7 @@ from powersteer.records import settings_of
 INDEX = "model_index.json"
 CONFIG = "config.json"
 SUPPORTED = "Stable Diffusion 1.x, 2.x or XL, its inpainting, or InstructPix2Pix"
-NEEDED = ("vae", "text_encoder", "tokenizer", "scheduler")
-"""Beside the U-Net."""
+NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 MOST_TIMESTEPS = 100_000
 _WANTED: dict[str, tuple[type, ...]] = {
@@ -79,7 +78,7 @@ def read_index(file: Path) -> dict[str, type]:
     parts = {name: _known_class(name, index[name]) for name in arguments if index[name] != [None, None]}
     absent = [name for name in NEEDED if name not in parts]
     if absent:
-        raise PowersteerError(f"its {INDEX} names no {absent[0]}: give {SUPPORTED}")
+        raise PowersteerError(f"it is a {named} without {absent[0]}: give {SUPPORTED}")
     return parts
 
 
@@ -95,7 +94,7 @@ def load_parts(folder: Path, parts: Mapping[str, type], dtype: torch.dtype) -> d
         PowersteerError: A part is missing, incomplete or damaged, or made for another base.
     """
     loaded = {name: load_part(folder / name, kind, dtype) for name, kind in parts.items()}
-    unet, latent, width = loaded["unet"].config, loaded["vae"].config["latent_channels"], 0
+    unet, vae, width = loaded["unet"].config, loaded["vae"].config, 0
     for text, words in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         if text in loaded:
             if words not in loaded:
@@ -107,6 +106,9 @@ def load_parts(folder: Path, parts: Mapping[str, type], dtype: torch.dtype) -> d
         raise PowersteerError(
             f"the text encoder gives {width} numbers a token, the U-Net reads {read}: one is another base's"
         )
+    latent, scale = vae["latent_channels"], vae["scaling_factor"]
+    if not isinstance(scale, (int, float)) or scale <= 0:
+        raise PowersteerError(f"{folder / 'vae' / CONFIG}: 'scaling_factor' must be more than 0, not {_short(scale)}")
     if unet["in_channels"] not in (latent, 2 * latent, 2 * latent + 1):  # plain, InstructPix2Pix, inpainting
         raise PowersteerError(
             f"the VAE's latents have {latent} channels, the U-Net reads {unet['in_channels']}: one is another base's"
@@ -249,7 +251,10 @@ def from_folder(folder: Path, kind: Any, **options: Any) -> Any:
     except PowersteerError:
         raise
     except Exception as error:
-        raise PowersteerError(f"{folder} is no {kind.__name__} ({reason_of(error)})") from None
+        reason = reason_of(error)
+        if isinstance(error, MemoryError) or "allocate memory" in reason:  # torch's words
+            reason = f"its {CONFIG} asks for more memory than there is"
+        raise PowersteerError(f"{folder} is no {kind.__name__} ({reason})") from None
 
 
 def folder_of(name_or_path: str, kind: type) -> Path:

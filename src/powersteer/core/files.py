@@ -60,4 +60,4 @@ def write_whole(path: Path, content: bytes, writer: str = "") -> None:
 def reason_of(error: Exception) -> str:
     """Why an operation on a file failed, in one line: the operating system's words where it has some."""
     said = error.strerror if isinstance(error, OSError) else None
-    return said or " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join((said or str(error)).split())[:200] or type(error).__name__
