@@ -3,7 +3,11 @@
 import json
 import math
 import re
+import tempfile
+import threading
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from PIL import Image, ImageChops
 from conftest import draw_pairs
 from powersteer.bench.studio import ARGUMENTS, CHROMIUM
 from powersteer.metadata import read_metadata
+from powersteer.studio.folders import PREFIX
 from powersteer.studio.serve import served
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -263,6 +268,44 @@ def test_errors_are_messages(page, tmp_path):
         timeout=PATIENCE,
     )
     assert "Traceback" not in page.content()
+
+
+ATTACKS = """async address => {
+  const form = new FormData();
+  form.append("files", new File(["x"], "attack-of-another-page.txt"));
+  const tried = [
+    fetch(address + "gradio_api/upload", { method: "POST", mode: "no-cors", body: form }),
+    fetch(address + "gradio_api/upload", { method: "POST", body: form }),
+    fetch(address + "config"),
+    fetch(address + "gradio_api/queue/join", { method: "POST", mode: "no-cors", body: "{}" }),
+    new Promise((ok, no) => Object.assign(new Image(), { onload: ok, onerror: no, src: address + "favicon.ico" })),
+    new Promise((ok, no) => {
+      const stream = new EventSource(address + "gradio_api/heartbeat/x");
+      Object.assign(stream, { onopen: ok, onerror: no });
+    }),
+  ];
+  return (await Promise.allSettled(tried)).map(one => one.value?.type === "opaque" ? "opaque" : one.status);
+}"""
+
+
+def test_another_page_can_link_to_the_studio_but_neither_send_nor_read(browser, address, tmp_path):
+    (tmp_path / "index.html").write_text(f"<a href='{address}'>the studio</a>")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    before = list(Path(tempfile.gettempdir()).glob(f"{PREFIX}*/gradio/*/attack*"))
+    context = browser.new_context()
+    page, statuses = context.new_page(), {}
+    page.on("response", lambda one: one.url.startswith(address) and statuses.update({one.url: one.status}))
+    page.goto(f"http://localhost:{server.server_port}/")  # to a browser another site than 127.0.0.1
+    assert page.evaluate(ATTACKS, address) == ["opaque", "rejected", "rejected", "opaque", "rejected", "rejected"]
+    assert {f"{address}gradio_api/{path}" for path in ("upload", "queue/join")} <= statuses.keys()
+    assert set(statuses.values()) == {403}
+    assert list(Path(tempfile.gettempdir()).glob(f"{PREFIX}*/gradio/*/attack*")) == before == []
+    page.click("a")
+    page.wait_for_selector("#canvas-0 canvas")
+    context.close()
+    server.shutdown()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
