@@ -47,9 +47,11 @@ def first_alike(
         agreement = hashes[start : start + _AT_ONCE] @ other_hashes.T  # 256 − 2 × differing bits
         for i, row in enumerate(agreement >= 256 - 2 * ALIKE, start):
             places = np.flatnonzero(row[:i] if earlier else row)
-            for part in (places[at : at + _AT_ONCE] for at in range(0, len(places), _AT_ONCE)):
+            at, step = 0, 16  # mostly the first is the one
+            while at < len(places) and i not in found:
+                part = places[at : at + step]
                 near = np.abs(other_thumbnails[part] - thumbnails[i]).mean(axis=(1, 2, 3)) <= ALIKE_COLOURS
                 if near.any():
                     found[i] = int(part[near.argmax()])
-                    break
+                at, step = at + step, min(4 * step, _AT_ONCE)
     return found
