@@ -10,6 +10,9 @@ import numpy.typing as npt
 
 from powersteer.errors import PowersteerError
 
+FARTHEST = 1e6
+"""Pixels of a polygon's corner from the origin."""
+
 
 def to_mask(segmentation: Any, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
     """The pixels (H, W) of a segmentation.
@@ -70,6 +73,8 @@ def _polygons(polygons: Any, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
     mask = np.zeros((height, width), dtype=np.bool_)
     for polygon in polygons:
         points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+        if not (np.abs(points) <= FARTHEST).all():
+            raise ValueError
         # Where an edge crosses a row's middle, inside and outside change places from there to the right.
         changes = np.zeros((height, width + 1), dtype=np.uint8)
         for (x1, y1), (x2, y2) in zip(points, np.roll(points, -1, axis=0), strict=True):
