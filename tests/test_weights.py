@@ -237,6 +237,13 @@ WIDTH, WIDTHS = "input_blocks.1.in_layers.2.weight", torch.ones(10**9, 0, 3, 3)
         forged(lambda state: state.update({WIDTH: state[WIDTH].to("meta")})),
         forged(lambda state: state.update({"input_blocks.0.weight": torch.ones(())})),
         forged(lambda state: state.update({"output_blocks.0.2.conv.weight": torch.ones(7)})),
+        forged(lambda state: state.update({"output_blocks.0.3.conv.weight\n": torch.ones(7)})),
+        forged(lambda state: state.update({"input_blocks.0.0.weight": state["input_blocks.0.weight"]})),
+        forged(
+            lambda state: state.update(
+                {"middle_block.2.in_layers.2.weight": state["middle_block.1.in_layers.2.weight"]}
+            )
+        ),
     ],
 )
 def test_forged_checkpoints_are_refused_in_a_line(tmp_path, state):
@@ -244,6 +251,23 @@ def test_forged_checkpoints_are_refused_in_a_line(tmp_path, state):
     told = refusal(convert, tmp_path / "forged.ckpt", tmp_path / "out")
     assert "forged.ckpt" in told or "the checkpoint" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_a_checkpoint_are_shown_in_one_line_and_the_adapter_is_for_all_to_read(tmp_path, caplog):
+    """What the method does not use may have any name."""
+    others = {
+        "time_embed.\u00b2.x": torch.ones(2),
+        f"time_embed.{'9' * 6000}.x": torch.ones(2),
+        "a\x1b[31m\n.x": torch.ones(2),
+    }
+    state = forged(lambda state: state.update(others | {"output_blocks.0.3.conv.weight": torch.ones(7)}))
+    torch.save(state, tmp_path / "bps.ckpt")
+    folder = convert(tmp_path / "bps.ckpt", tmp_path / "out", norm_num_groups=16)
+    told = caplog.records[-1].getMessage()
+    assert "dropped" in told and "output_blocks.0" in told and told.isprintable()
+    config, weights = (folder / name for name in ("config.json", WEIGHTS))
+    assert config.stat().st_mode == weights.stat().st_mode
+    assert load_adapter(str(folder)).config["down_weights"] == [16.0, 8.0]
 
 
 @pytest.mark.parametrize("key", ["conditioning_channels", "unshuffle", "attention_head_dim", "norm_num_groups"])

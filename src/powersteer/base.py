@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from powersteer.core.files import is_file, is_folder, reason_of
 from powersteer.core.text import read_object
-from powersteer.core.weights import check_sizes, filled, read_tensors
+from powersteer.core.weights import check_sizes, filled, read_tensors, shown
 from powersteer.errors import PowersteerError
 from powersteer.hub import CONFIG, WEIGHTS, fetch, fetch_weights
 from powersteer.model import BPSModel
@@ -136,7 +136,7 @@ def _kind_of(file: Path, name: str, known: Mapping[str, type]) -> type:
         raise PowersteerError(f"cannot load the network in {name}: its {CONFIG} is not an adapter's (no class)")
     if named not in known:
         raise PowersteerError(
-            f"{name} is of the class {named[:60]}, not a BPS network: give a folder that `powersteer train` wrote"
+            f"{name} is of the class {shown(named)}, not a BPS network: give a folder that `powersteer train` wrote"
         )
     check_config(config, known[named], name, str(file))
     return known[named]

@@ -49,6 +49,9 @@ def convert(
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(out_dir)
+        mode = (out_dir / CONFIG).stat().st_mode
+        for file in out_dir.glob("*.safetensors"):
+            file.chmod(mode)  # safetensors makes files that nobody else may read, whatever the user's umask
     except Exception as error:  # of the operating system, or safetensors' own for a full disk
         with suppress(OSError, ValueError):
             (out_dir / CONFIG).unlink(missing_ok=True)  # written first: it must not pass for an adapter

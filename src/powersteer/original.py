@@ -14,7 +14,7 @@ from pydantic import Field
 
 from powersteer.config import StrictConfig, build_config
 from powersteer.core.files import is_file
-from powersteer.core.weights import MOST, check_finite, read_tensors, unpickle
+from powersteer.core.weights import MOST, check_finite, read_tensors, shown, unpickle
 from powersteer.errors import PowersteerError
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def load_original(
             "dropped %d weights (%.1f M parameters) that the method never uses: %s",
             len(unused),
             count / 1e6,
-            ", ".join(rooms),
+            ", ".join(shown(room) for room in rooms),
         )
     per_level = [blocks.weight(positions[0]) for positions in blocks.levels]
     shape = {
@@ -108,7 +108,11 @@ class _Blocks:
 
     def __init__(self, state: Mapping[str, torch.Tensor], source: str) -> None:
         self.state, self.source = state, source
-        self.layout = {_flat(name): name for name in state}
+        self.layout: dict[str, str] = {}
+        for name in state:
+            other = self.layout.setdefault(_flat(name), name)
+            if other != name:
+                raise PowersteerError(f"{source}: '{shown(other)}' and '{shown(name)}' are one weight: keep one")
         count = 1 + self.last(r"input_blocks\.(\d+)\.")
         strided = set(_indices(self.layout, r"input_blocks\.(\d+)\.op\."))
         self.has_attention = any(".qkv." in name for name in self.layout)
@@ -157,6 +161,8 @@ class _Blocks:
             ours = self._ours(flat, block_of, upsamplers)
             if ours is not None:
                 tensor = self.state[name]
+                if ours in renamed:
+                    raise PowersteerError(f"{self.source}: '{shown(name)}' is there twice: this is no BPS network")
                 conv1d = flat.endswith(("qkv.weight", "proj_out.weight")) and tensor.ndim == 3
                 renamed[ours] = tensor[..., None] if conv1d else tensor
             elif not flat.startswith("res_weights.") or int(flat.split(".")[1]) not in {*block_of, self.last_weight}:
@@ -193,7 +199,7 @@ class _Blocks:
             return self._known(f"up_blocks.{index}", _LIGHT_BLOCK, layer, kind)
         if part == "1":
             return f"up_outputs.{index}.{kind}"
-        return f"upsamplers.{upsamplers.index(index)}.{kind}"
+        return f"upsamplers.{upsamplers.index(index)}.{kind}" if part == "2" else None
 
     @staticmethod
     def _known(block: str, names: Mapping[str, str], layer: str, kind: str) -> str | None:
@@ -233,9 +239,9 @@ def _network(state: Mapping[str, Any], source: str) -> dict[str, torch.Tensor]:
         raise PowersteerError(f"{source} has no {missing[0]}.*: it is incomplete, or no BPS network")
     for name, tensor in network.items():
         if name.split(".")[0] in _ROOMS and not _NUMBERED.fullmatch(name):
-            raise PowersteerError(f"{source}: '{name[:80]}' is no name of a BPS network")
+            raise PowersteerError(f"{source}: '{shown(name)}' is no name of a BPS network")
         if not _is_plain(tensor):
-            raise PowersteerError(f"{source}: {name[:80]} is no plain tensor of numbers: it is damaged, or forged")
+            raise PowersteerError(f"{source}: '{shown(name)}' is no plain tensor of numbers: it is damaged, or forged")
     check_finite(network, source)
     return network
 
@@ -261,7 +267,7 @@ def _indices(names: Iterable[str], pattern: str) -> list[int]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+    return [(len(part) if part.isdecimal() else 0, part) for part in name.split(".")]
 
 
 def _name(source: str | PathLike[str] | Mapping[str, Any]) -> str:

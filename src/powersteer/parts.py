@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedM
 
 from powersteer.core.files import is_file, is_folder, reason_of
 from powersteer.core.text import read_object
-from powersteer.core.weights import check_found, check_sizes, check_whole, find_weights
+from powersteer.core.weights import check_found, check_sizes, check_whole, find_weights, shown
 from powersteer.errors import PowersteerError, PowersteerWarning
 from powersteer.hub import fetch_weights
 from powersteer.records import settings_of
@@ -294,7 +294,7 @@ def _check_settings(folder: Path, config: Mapping[str, Any], kind: Any) -> None:
     unknown = sorted(key for key in config.keys() - settings_of(kind) if not key.startswith("_"))
     if unknown:
         warnings.warn(
-            f"{folder / CONFIG} has the setting '{unknown[0]}', which this diffusers does not know and leaves out",
+            f"{folder / CONFIG} has the setting '{shown(unknown[0])}', which this diffusers does not know: left out",
             PowersteerWarning,
             stacklevel=2,
         )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from powersteer.config import StrictConfig, build_config
-from powersteer.core.weights import MOST, MOST_LAYERS, MOST_LEVELS, check_sizes
+from powersteer.core.weights import MOST, MOST_LAYERS, MOST_LEVELS, check_sizes, shown
 from powersteer.errors import PowersteerError
 
 BASELINE_RECORD = "_powersteer"
@@ -95,8 +95,8 @@ def check_config(config: Mapping[str, Any], kind: type, name: str, where: str) -
     if unknown:
         package = "powersteer" if "conditioning" in known else "diffusers"
         raise PowersteerError(
-            f"{name} was written by a newer {package}, with the setting '{unknown[0]}' that this one does not know: "
-            f"pip install --upgrade {package}"
+            f"{name} was written by a newer {package}, with the setting '{shown(unknown[0])}' that this one does not "
+            f"know: pip install --upgrade {package}"
         )
     if "conditioning" in known:
         build_config(given, BPSRecord, where=where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
         raise PowersteerError(f"{index} names no files of weights")
     for name in names.values():
         if Path(name).name != name:
-            raise PowersteerError(f"{index} names a file outside its folder, '{name[:80]}'")
+            raise PowersteerError(f"{index} names a file outside its folder, '{shown(name)}'")
     return tuple(index.parent / name for name in sorted(set(names.values())))
 
 
@@ -98,7 +99,7 @@ def _check_file(file: Path) -> None:
                 kinds = {name: str(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118
             for name, kind in kinds.items():
                 if not kind.startswith(("F", "BF")) and not name.endswith(_COUNTS):
-                    raise PowersteerError(f"{file}: {name} holds {kind}, no weights: {_AGAIN}")
+                    raise PowersteerError(f"{file}: {shown(name)} holds {kind}, no weights: {_AGAIN}")
     except PowersteerError:
         raise
     except Exception as error:  # of the operating system, or safetensors' own
@@ -125,7 +126,9 @@ def unpickle(file: Path, device: torch.device | str = "cpu") -> Any:
         PowersteerError: It holds more, or cannot be read.
     """
     try:
-        return torch.load(file, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle's protocol
+            return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # the unpickler meets whatever the file says
         reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in reason:
@@ -151,9 +154,9 @@ def check_sizes(config: Mapping[str, Any], where: str) -> None:
         layers = "layers" in key or "res_blocks" in key
         if isinstance(value, list):
             if (layers or "channels" in key) and len(value) > MOST_LEVELS:
-                raise PowersteerError(f"{where}: '{key}' has {len(value)} numbers, no network that many levels")
+                raise PowersteerError(f"{where}: '{shown(key)}' has {len(value)} numbers, no network that many levels")
         elif abs(value) > (MOST_LAYERS if layers else MOST):
-            raise PowersteerError(f"{where}: '{key}' is {str(value)[:20]}, no network is that large")
+            raise PowersteerError(f"{where}: '{shown(key)}' is {str(value)[:20]}, no network is that large")
 
 
 def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -264,8 +267,8 @@ def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
         least, largest = (tensor if tensor.element_size() > 1 else tensor.float()).aminmax()  # NaN is both
         if not (least.isfinite() and largest.isfinite()):
             raise PowersteerError(
-                f"{where}: {name} holds values that are infinite or no numbers ({_kind(tensor)}): get it again, or "
-                "use another"
+                f"{where}: {shown(name)} holds values that are infinite or no numbers ({_kind(tensor)}): get it again, "
+                "or use another"
             )
 
 
@@ -273,8 +276,13 @@ def _kind(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def shown(name: str) -> str:
+    """A name that a file gives, fit for one line."""
+    return "".join(letter if letter.isprintable() else "�" for letter in name[:100])
+
+
 def _listed(names: list[str]) -> str:
-    return f"{names[0]}{_more(names)}"
+    return f"{shown(names[0])}{_more(names)}"
 
 
 def _more(names: list[Any]) -> str:
