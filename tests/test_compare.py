@@ -6,16 +6,18 @@ import os
 import shutil
 import signal
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
 import yaml
 
 from conftest import draw_pairs, uniform_log_snr
-from powersteer import PowersteerError, cli, compare, compare_report
+from powersteer import PowersteerError, cli, compare, compare_metrics, compare_report
 from powersteer.adapters import load_network
 from powersteer.base import load_base
 from powersteer.compare import ExperimentConfig
+from powersteer.compare_metrics import INFORMATION_DRAWS
 from powersteer.compare_plots import Plots
 from powersteer.compare_report import write_report
 from powersteer.compare_results import Figure, Results
@@ -27,6 +29,7 @@ from powersteer.evaluation.information import denoiser_errors, measure_informati
 from powersteer.training import loop
 from powersteer.training.heldout import HeldOut
 from powersteer.training.objective import noise_schedule
+from test_condition_kinds import features, styled, write_conditions
 
 
 def values_of(folder, base_dir):
@@ -77,7 +80,7 @@ def test_every_run_has_its_figures_and_where_they_come_from(done):
     run, prior = result(done, "run-lite-8-1"), result(done, "prior")["test"]["denoising"]["loss"]
     assert run["updates"] == 3 and run["learning_rate"] == 3e-3 and [row["step"] for row in run["curve"]] == [0, 3]
     assert run["test_pairs"] == 6 and set(run["data"]) == {"train", "validation", "test"}
-    assert run["versions"]["torch"] == torch.__version__.partition("+")[0] or "torch" in run["versions"]
+    assert run["versions"]["torch"] == torch.__version__ and run["versions"]["powersteer"] == version("powersteer")
     assert run["hardware"] and run["memory_estimated"] > 0 and run["memory_used"] > 0 and len(run["weights"]) == 64
     network = load_network(done.output_dir / "runs" / "lite-8-1")
     assert run["trained_parameters"] == sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -92,7 +95,7 @@ def test_every_run_has_its_figures_and_where_they_come_from(done):
     assert run["base"]["unet"] == weights_sha256(pipe.unet) and len(run["base"]["vae"]) == 64
     alphas = noise_schedule(pipe).alphas_cumprod
     with uniform_log_snr():
-        wanted = measure_information(denoiser_errors(pipe, network, test), alphas, 6, draws=compare.INFORMATION_DRAWS)
+        wanted = measure_information(denoiser_errors(pipe, network, test), alphas, 6, draws=INFORMATION_DRAWS)
     assert run["test"]["information"]["nats"] == pytest.approx(wanted.steered.mean, rel=1e-4)
     assert result(done, "prior")["test"]["information"] == {"nats": 0}
 
@@ -418,7 +421,7 @@ def test_the_command(done, tmp_path, monkeypatch, capsys):
     code, printed = run(file)
     assert code == 0 and "done; --report writes" in printed.out
     code, printed = run(tmp_path / "none.yaml")
-    assert code == 2 and "cannot read the configuration" in printed.err
+    assert code == 2 and "none.yaml cannot be read: it does not exist" in printed.err
 
 
 @pytest.mark.parametrize("name", ["few-shot", "ablations", "blind", "more-pairs", "known-style"])
@@ -439,3 +442,33 @@ def test_they_share_the_runs_of_few_shot(name, request):
     assert few.tuning == other.tuning and set(other.pairs) <= set(few.pairs)
     for method in shared:
         assert few.training(method, 200, 0, 1e-4, "runs") == other.training(method, 200, 0, 1e-4, "runs")
+
+
+@pytest.mark.parametrize("kind", ["style", "feature"])
+def test_conditions_of_any_kind_are_compared(kind, tmp_path, base_dir, monkeypatch):
+    """Colour with structure in four channels, and feature maps: pictures, metrics and grid."""
+    given = {"style": {"channels": 4}, "feature": {"channels": 5, "range": None}}[kind]
+    for split, count in (("train", 8), ("validation", 4), ("test", 4)):
+        folder = draw_pairs(tmp_path / "data" / split, count, seed=count)
+        make, suffix = (lambda i: styled(), ".png") if kind == "style" else (features, ".npy")
+        write_conditions(folder, make, suffix)
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"conditioning": {"kind": kind, **given}}))
+    values = values_of(tmp_path, base_dir)
+    method = {"network": "lite", "weights": "uniform", "learning_rate": 3e-3}
+    values |= {"methods": {"lite": method}, "seeds": [0], "metrics": ["information", "denoising", "fidelity"]}
+    seen = []
+    made = compare_metrics.steered_pictures
+    monkeypatch.setattr(compare_metrics, "steered_pictures", lambda *a, **k: (seen.append(a[3]), made(*a, **k))[1])
+    experiment = build_config(values, ExperimentConfig)
+    assert not compare.compare(experiment)
+    test = result(experiment, "run-lite-8-0")["test"]
+    assert test["denoising"]["reduction"] and test["information"]["nats"]
+    if kind == "style":
+        assert 0 < test["fidelity"]["palette distance, ΔE"] < 200
+        assert seen[0].shape[1:] == (4, 32, 32) and seen[0].max() <= 1
+    else:
+        assert test["fidelity"] == {}  # there is no measure of it
+        assert torch.equal(seen[0][0], torch.from_numpy(features(0)))  # as they are in their files
+    assert experiment.grid(8).exists()
+    with pytest.raises(PowersteerError, match="the metric lines is of sketches, the conditions are of the kind"):
+        compare.compare(build_config(values | {"metrics": ["lines"]}, ExperimentConfig))

@@ -17,6 +17,7 @@ from powersteer.base import load_base
 from powersteer.conditions.extractor import EXTRACTORS
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, spread
+from powersteer.evaluation import evaluate as evaluation
 from powersteer.evaluation.evaluate import EvaluateSettings, evaluate, held_out_folder
 from powersteer.evaluation.figures import Evaluation, Figure, Value
 from powersteer.evaluation.information import denoiser_errors, measure_information
@@ -31,6 +32,7 @@ from powersteer.evaluation.measures import (
 from powersteer.generate import steered_pictures
 from powersteer.pictures import to_pil
 from powersteer.training.objective import noise_schedule
+from test_condition_kinds import features, write_conditions
 from test_features import clip_dir  # noqa: F401
 
 FAST = {"pictures": 4, "diversity": 1, "diversity_seeds": 2, "num_inference_steps": 2, "draws": 2}
@@ -158,7 +160,7 @@ def test_two_folders(run, tmp_path):
 def test_bad_input_is_one_line(run, monkeypatch, tmp_path, data, base_dir, args, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    code, _, err = run(*args, "--base", base_dir)
+    code, _, err = run(*args, *(["--base", base_dir] if "data" in args[:1] else []))
     assert code == 2 and words in err and err.count("\n") == 1, err
 
 
@@ -288,3 +290,47 @@ def test_values_and_headings():
     evaluation = Evaluation([Figure("x", "", {"real": value, "prior": Value(float("inf"))})], {}, {}, [])
     assert evaluation.columns == ["prior", "real"]
     assert evaluation.as_json()["figures"]["x"]["values"]["prior"] == {"value": None, "error": None}
+
+
+def test_feature_maps_are_steered_by_as_they_are(tmp_path, base_dir, monkeypatch):
+    folder = write_conditions(draw_pairs(tmp_path / "pairs", 5), features, ".npy")
+    (folder / "dataset.json").write_text('{"conditioning": {"kind": "feature", "channels": 5, "range": null}}')
+    pipe = load_base(str(base_dir))
+    shape = {"conditioning_channels": 5, "pixel_unshuffle": 1, "weights": "uniform"}
+    conditioning = {"kind": "feature", "channels": 5, "range": None}
+    randomise(make_adapter(pipe.unet, **shape, conditioning=conditioning)).save_pretrained(tmp_path / "adapter")
+    seen = []
+    made = evaluation.steered_pictures
+    monkeypatch.setattr(evaluation, "steered_pictures", lambda *a, **k: (seen.append(a[3]), made(*a, **k))[1])
+    settings = FAST | {"data": folder, "adapter": str(tmp_path / "adapter"), "base": str(base_dir), "pictures": 5}
+    evaluate(EvaluateSettings(**settings, save_pictures=tmp_path / "made"))
+    given = [condition for condition in seen if condition is not None]
+    assert torch.equal(given[0], torch.from_numpy(np.stack([features(i) for i in range(5)])))
+    assert torch.equal(given[-1][0], given[0][0])  # of several seeds
+    assert given[0].abs().max() > 3 and (tmp_path / "made" / "grid.png").exists()
+
+
+def test_what_does_not_pair_is_said_and_kid_has_its_spread(run, tmp_path):
+    rng = np.random.default_rng(0)
+    for folder, names in (("real", "abcdefgh"), ("same", "abcdefgh"), ("other", "abcdefgx"), ("small", "abcdefgh")):
+        (tmp_path / folder).mkdir()
+        for i, name in enumerate(names):
+            side = 16 if folder == "small" and i == 7 else 32
+            noise = rng.integers(0, 256, (side, side, 3), dtype=np.uint8) if folder != "same" else None
+            picture = Image.open(tmp_path / "real" / f"{name}.png") if noise is None else Image.fromarray(noise)
+            picture.save(tmp_path / folder / f"{name}.png")
+
+    def compared(folder):
+        code, out, err = run("--real", tmp_path / "real", "--generated", tmp_path / folder, "--json", tmp_path / "it")
+        assert code == 0, err
+        return out, json.loads((tmp_path / "it").read_text())["figures"]
+
+    out, figures = compared("same")
+    kernel, protocol = figures["KD, clip"]["values"]["generated"], figures["KD, clip"]["protocol"]
+    assert kernel["error"] == protocol["spread_over_subsets"]["generated"] > 0
+    assert f"± {kernel['error']:.2g}" in out and "SSIM" in figures and "picture by picture" not in out
+    out, figures = compared("other")
+    assert "warning: no figures picture by picture: 8 real and 8 generated pictures, and no one of the" in out
+    assert "generated ones is named 'h'" in out and "SSIM" not in figures
+    out, figures = compared("small")
+    assert "some have another size than their partner" in out and "SSIM" not in figures

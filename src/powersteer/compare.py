@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -21,34 +21,30 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from powersteer.adapters import Adapter, load_network
+from powersteer.adapters import load_network
 from powersteer.base import load_base
+from powersteer.compare_metrics import METRICS, Trial
 from powersteer.conditions.kinds import BLIND
 from powersteer.config import StrictConfig, build_config
 from powersteer.core.console import PlainConsole
+from powersteer.data.conditioning import conditioning_of
 from powersteer.data.encode import EncodedPairs, encode_pairs
 from powersteer.data.openmoji import prepare_openmoji
 from powersteer.data.pairs import Pairs, spread
 from powersteer.errors import NonFiniteError, PowersteerError
 from powersteer.evaluation.features import weights_sha256
-from powersteer.evaluation.information import denoiser_errors, measure_information
-from powersteer.evaluation.lines import line_f1
-from powersteer.generate import steered_pictures
 from powersteer.hardware import best_device, machine
-from powersteer.pictures import from_pil, save_grid
+from powersteer.pictures import condition_picture, save_grid
 from powersteer.training.checkpoint import list_checkpoints
 from powersteer.training.config import TrainConfig
 from powersteer.training.dry_run import dry_run
-from powersteer.training.heldout import Gap, HeldOut
+from powersteer.training.heldout import HeldOut
 from powersteer.training.monitor import LOG, memory_used
-from powersteer.training.objective import noise_schedule
 from powersteer.training.run import TrainResult, train
 from powersteer.training.setup import conditioning, picture_size
 
 SPLITS = ("train", "validation", "test")
 PRIOR = "prior.json"
-INFORMATION_DRAWS = 4
-"""Of log-SNR and noise for each test pair."""
 PAST_AN_END = 4
 """So many rates at most."""
 _OWN_KEYS = (
@@ -166,78 +162,6 @@ class ExperimentConfig(StrictConfig):
         return build_config(values, TrainConfig, where=f"method {method}")
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What a metric measures: a network (None: the prior) on the test split."""
-
-    pipe: Any
-    network: Adapter | None
-    held_out: HeldOut
-    prior: torch.Tensor
-    """The frozen base's losses (bands, N), on the same noise."""
-    shown: list[int]
-    """Test pairs that pictures are made for."""
-
-    @cached_property
-    def pictures(self) -> torch.Tensor:
-        """Of the shown pairs, (N, 3, H, W) in [-1, 1]; the seed of pair i is i, whatever the network."""
-        pairs, made = self.held_out.pairs.pairs, list[torch.Tensor]()
-        for batch in torch.tensor(self.shown).split(20):
-            indices = [int(i) for i in batch]
-            drawings = torch.stack([pairs[i][1] for i in indices]).float() / 255
-            prompts = [pairs.texts[i] for i in indices]
-            size: dict[str, Any] = {"height": drawings.shape[-2], "width": drawings.shape[-1]}
-            images = steered_pictures(self.pipe, self.network, prompts, drawings, seeds=indices, **size)
-            made += [from_pil(image) for image in images]
-        return torch.stack(made)
-
-
-Metric = Callable[[Trial], dict[str, float]]
-
-
-def denoising(trial: Trial) -> dict[str, float]:
-    """The denoising loss; how far below the prior's (``reduction``, a share); what exchanged conditions cost."""
-    if trial.network is None:
-        return {"loss": trial.prior.mean().item()}
-    steered = trial.held_out.losses(trial.network)
-    control = Gap.of(trial.held_out.losses(trial.network, shuffled=True) - steered)
-    gain, loss = Gap.of(trial.prior - steered), steered.mean().item()
-    return {
-        "loss": loss,
-        "reduction": 1 - loss / trial.prior.mean().item(),
-        "gain": gain.mean,
-        "gain_error": gain.error,
-        "control": control.mean,
-        "control_error": control.error,
-    }
-
-
-def lines(trial: Trial) -> dict[str, float]:
-    """Line fidelity (F1) of pictures made for test sketches."""
-    pairs = trial.held_out.pairs.pairs
-    drawings = torch.stack([pairs[i][1] for i in trial.shown]).float() / 255
-    return {"f1": line_f1(drawings, trial.pictures).mean().item()}
-
-
-def information(trial: Trial) -> dict[str, float]:
-    """Nats a latent dimension taken from the condition, given the text; none by the prior."""
-    if trial.network is None:
-        return {"nats": 0.0}
-    pairs = trial.held_out.pairs
-    errors = denoiser_errors(trial.pipe, trial.network, pairs)
-    alphas = noise_schedule(trial.pipe).alphas_cumprod
-    found = measure_information(errors, alphas, len(pairs), draws=INFORMATION_DRAWS)
-    return {
-        "nats": found.steered.mean,
-        "nats_error": found.steered.error,
-        "control": found.steered.mean - found.shuffled.mean,
-    }
-
-
-METRICS: dict[str, Metric] = {"information": information, "denoising": denoising, "lines": lines}
-"""By the names that an experiment file gives; results hold each one's figures under its name."""
-
-
 def compare(experiment: ExperimentConfig) -> bool:
     """Do what is not done yet of an experiment; whether it was interrupted.
 
@@ -267,6 +191,12 @@ class _Comparison:
         self.base = {part: weights_sha256(getattr(self.pipe, part)) for part in ("unet", "vae", "text_encoder")}
         self.protocol = [experiment.metrics, experiment.test_pairs, experiment.pictures]
         self.memories: dict[str, int] = {}
+        kind = conditioning(self.config).kind
+        if "lines" in experiment.metrics and kind != "sketch":
+            raise PowersteerError(
+                f"the metric lines is of sketches, the conditions are of the kind {kind}: give metrics=[information, "
+                "denoising, fidelity]"
+            )
 
     @cached_property
     def prior(self) -> Trial:
@@ -275,12 +205,14 @@ class _Comparison:
         pipe.to(best_device())
         size, _ = picture_size(config, pipe.unet.config, pipe.vae_scale_factor)
         given = conditioning(config)
-        test = Pairs(self.test_dir, size, given.channels, kind=given.kind)
+        conditioning_of(str(self.test_dir), given.channels, given.kind)  # which must be the same
+        test = Pairs(self.test_dir, size, given.channels, kind=given.kind, vae_scale_factor=pipe.vae_scale_factor)
         if self.experiment.test_pairs is not None:
             test = test.subset(spread(len(test), self.experiment.test_pairs))
         encoded: EncodedPairs = encode_pairs(pipe, test, config.cache_dir, console=self.console)
         held_out = HeldOut(pipe, encoded)
-        return Trial(pipe, None, held_out, held_out.losses(None), spread(len(test), self.experiment.pictures))
+        shown = spread(len(test), self.experiment.pictures)
+        return Trial(pipe, None, held_out, held_out.losses(None), shown, given)
 
     def run(self) -> bool:
         """Sweeps first, then the fewest pairs with every seed, all methods side by side: what there is compares."""
@@ -411,7 +343,8 @@ class _Comparison:
             return
         prior = replace(self.prior, shown=spread(len(self.prior.held_out.pairs), self.experiment.grid_rows))
         test = prior.held_out.pairs.pairs
-        columns = [torch.stack([test[i][1].float().expand(3, -1, -1) / 127.5 - 1 for i in prior.shown]), prior.pictures]
+        drawn = prior.conditions(prior.shown)
+        columns = [torch.stack([condition_picture(one, test.sizes[0]) for one in drawn]), prior.pictures]
         for folder in folders.values():
             network: Any = load_network(folder)
             columns.append(replace(prior, network=network.to(prior.pipe.unet.device)).pictures)

@@ -16,7 +16,7 @@ from powersteer.config import build_config
 from powersteer.core.console import PlainConsole
 from powersteer.data.encode import encode_pairs
 from powersteer.data.openmoji import prepare_openmoji
-from powersteer.data.pairs import Pairs, spread
+from powersteer.data.pairs import Pairs, condition_values, spread
 from powersteer.errors import PowersteerError
 from powersteer.evaluation.lines import line_f1
 from powersteer.evaluation.report import write_report
@@ -93,7 +93,7 @@ def run_demo(
     }
 
     chosen = one_of_each_concept(test, pictures)
-    drawings = torch.stack([test[i][1] for i in chosen]).float() / 255
+    drawings = condition_values(torch.stack([test[i][1] for i in chosen]))
     made: dict[str, list[torch.Tensor]] = {"prior": [], "steered": [], "shuffled": []}
     for batch in track(torch.arange(len(chosen)).split(20), "generating", transient=True, console=console):
         prompts = [test.texts[chosen[int(i)]] for i in batch]

@@ -268,7 +268,7 @@ def evaluate(
         table.add_row(figure.heading, *(str(figure.values.get(column, "")) for column in result.columns))
     out.print(table)
     for warning in result.warnings:
-        tell("warning", "yellow", warning, err)
+        tell("warning", "yellow", warning)
     write_json(json_file, result.as_json())
 
 

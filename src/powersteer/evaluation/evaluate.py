@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from pydantic import Field
 from rich.console import Console
@@ -17,9 +16,10 @@ from rich.progress import track
 from powersteer.adapters import Adapter, channels_of, check_adapter, load_network, record_of
 from powersteer.base import EMBEDDED_BASE, load_base
 from powersteer.core.console import PlainConsole
+from powersteer.core.files import reason_of
 from powersteer.data.conditioning import HELD_OUT, conditioning_of
 from powersteer.data.encode import encode_pairs
-from powersteer.data.pairs import Pairs, spread
+from powersteer.data.pairs import Pairs, condition_values, spread
 from powersteer.errors import PowersteerError
 from powersteer.evaluation.features import weights_sha256
 from powersteer.evaluation.figures import PRIOR, REAL, SHUFFLED, STEERED, Evaluation, Figure, Value, environment
@@ -39,7 +39,17 @@ from powersteer.evaluation.measures import (
     text,
 )
 from powersteer.evaluation.paired import spread_map
-from powersteer.generate import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, SCHEDULERS, Scheduler, steered_pictures
+from powersteer.generate import (
+    GUIDANCE_SCALE,
+    MAX_GUIDANCE,
+    MAX_PICTURES,
+    MAX_STEPS,
+    NUM_INFERENCE_STEPS,
+    Scheduler,
+    check_steps,
+    make_scheduler,
+    steered_pictures,
+)
 from powersteer.hardware import best_device
 from powersteer.pictures import condition_picture, from_pil, save_grid, to_pil
 from powersteer.training.heldout import HeldOut
@@ -59,18 +69,18 @@ class EvaluateSettings(MeasureSettings):
     adapter: str | None = "sketch"
     """Of any kind that `powersteer train` makes, the baselines among them; ``None`` evaluates the prior."""
     base: str = EMBEDDED_BASE
-    pairs: int | None = Field(default=None, ge=2)
+    pairs: int | None = Field(default=None, ge=2, le=MAX_PICTURES)
     """Of the held-out split, evenly spread; all of them by default."""
-    pictures: int = Field(default=120, ge=0)
+    pictures: int = Field(default=120, ge=0, le=MAX_PICTURES)
     """Of each kind; evenly spread over the pairs. None are made for 0."""
-    draws: int = Field(default=8, gt=0)
+    draws: int = Field(default=8, gt=0, le=10_000)
     """Of log-SNR and noise for each pair, for the information."""
-    diversity: int = Field(default=4, ge=0)
+    diversity: int = Field(default=4, ge=0, le=MAX_PICTURES)
     """Conditions for which several seeds are drawn."""
-    diversity_seeds: int = Field(default=8, ge=2)
-    seed: int = 0
-    num_inference_steps: int = Field(default=NUM_INFERENCE_STEPS, gt=0)
-    guidance_scale: float = Field(default=GUIDANCE_SCALE, ge=1)
+    diversity_seeds: int = Field(default=8, ge=2, le=1000)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    num_inference_steps: int = Field(default=NUM_INFERENCE_STEPS, gt=0, le=MAX_STEPS)
+    guidance_scale: float = Field(default=GUIDANCE_SCALE, ge=1, le=MAX_GUIDANCE)
     scheduler: Scheduler | None = None
     save_pictures: Path | None = None
     """A folder for every picture, a grid, and the spread over seeds."""
@@ -159,7 +169,8 @@ def _load(settings: EvaluateSettings) -> _Subject:
     pipe: Any = load_base(settings.base)
     pipe.to(best_device())
     if settings.scheduler is not None:
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler]).from_config(pipe.scheduler.config)
+        pipe.scheduler = make_scheduler(settings.scheduler, pipe.scheduler)
+    check_steps(pipe, settings.num_inference_steps)
     folder = held_out_folder(settings.data)
     found = conditioning_of(str(folder))
     record, channels = dict(found.record), found.channels
@@ -220,7 +231,7 @@ def _draw(
 ) -> tuple[Pictures, torch.Tensor]:
     """The data's pictures and those made of the same prompts and seeds; and the conditions (N, C, H, W) in [0, 1]."""
     pairs = [subject.pairs[i] for i in chosen]
-    conditions = torch.stack([condition for _, condition in pairs]).float() / 255
+    conditions = condition_values(torch.stack([condition for _, condition in pairs]))
     others = conditions.roll(-(len(chosen) // 2), 0)  # half the folder away is another concept
     given = {PRIOR: None} if subject.model is None else {PRIOR: None, STEERED: conditions, SHUFFLED: others}
     made: dict[str, list[torch.Tensor]] = {name: [] for name in given}
@@ -271,10 +282,10 @@ def _diversity(subject: _Subject, settings: EvaluateSettings, console: Console) 
     spreads: dict[str, list[float]] = {kind: [] for kind in kinds}
     shown: list[torch.Tensor] = []
     for i in track(chosen, "several seeds", transient=True, console=console, disable=not console.is_terminal):
-        condition = subject.pairs[i][1][None].float() / 255
+        picture, condition = subject.pairs[i][0], condition_values(subject.pairs[i][1][None])
         prompts = [subject.pairs.texts[i]] * settings.diversity_seeds
         seeds = [settings.seed + k for k in range(settings.diversity_seeds)]
-        shown.append(_as_picture(condition[0]))
+        shown.append(_as_picture(condition[0], picture))
         for kind in kinds:
             images = torch.stack(_sample(subject, None if kind == PRIOR else condition, prompts, seeds, settings))
             spread_of = spread_map((images + 1) / 2)  # (H, W)
@@ -293,9 +304,9 @@ def _diversity(subject: _Subject, settings: EvaluateSettings, console: Console) 
     return Figure("spread over seeds", "", {k: Value.mean(torch.tensor(v)) for k, v in spreads.items()}, protocol)
 
 
-def _as_picture(condition: torch.Tensor) -> torch.Tensor:
-    """A condition (C, H, W) in [0, 1] to be looked at, (3, H, W) in [-1, 1]: a drawing is dark on light."""
-    shown = condition_picture(condition, (condition.shape[-2], condition.shape[-1]))
+def _as_picture(condition: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A condition (C, h, w) as a picture (3, H, W) in [-1, 1], of the size of another: a drawing is dark on light."""
+    shown = condition_picture(condition, (like.shape[-2], like.shape[-1]))
     return -shown if len(condition) == 1 else shown
 
 
@@ -310,7 +321,7 @@ def _save(folder: Path, pictures: Pictures, conditions: torch.Tensor) -> None:
         shown = [
             cell
             for i in spread(len(conditions), GRID_ROWS)
-            for cell in (_as_picture(conditions[i]), *(as_floats(images[i]) for images in pictures.values()))
+            for cell in (_as_picture(conditions[i], pictures[REAL][i]), *(as_floats(x[i]) for x in pictures.values()))
         ]
         scale = max(1, 128 // shown[0].shape[-1])
         headings = ("condition", *pictures)
@@ -323,4 +334,4 @@ def _write(write: Callable[[Path], None], folder: Path) -> None:
     try:
         write(folder)
     except OSError as error:
-        raise PowersteerError(f"cannot write to {folder}: {error.strerror}") from None
+        raise PowersteerError(f"cannot write to {folder}: {reason_of(error)}") from None

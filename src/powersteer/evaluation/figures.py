@@ -20,7 +20,7 @@ PACKAGES = ("powersteer", "torch", "diffusers", "transformers", "numpy", "pillow
 
 @dataclass(frozen=True)
 class Value:
-    """A figure, and its standard error where it is a mean over pictures."""
+    """A figure, and its standard error where it is a mean over pictures (a kernel distance: spread over subsets)."""
 
     value: float
     error: float | None = None

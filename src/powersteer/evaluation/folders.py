@@ -56,8 +56,13 @@ def evaluate_folders(real: Path, generated: Path, settings: MeasureSettings) -> 
         figures += of_one
         if warning is not None and warning not in warnings:
             warnings.append(warning)
-    if [Path(name).stem for name in pictures[REAL]] == [Path(name).stem for name in made]:
-        figures += _picture_by_picture(list(pictures[REAL].values()), list(made.values()), settings)
+    unlike = _first_without_partner(list(pictures[REAL]), list(made))
+    if unlike is None:
+        in_pairs = _picture_by_picture(list(pictures[REAL].values()), list(made.values()), settings)
+        unlike = None if in_pairs else "some have another size than their partner"
+        figures += in_pairs
+    if unlike is not None:
+        warnings.append(f"no figures picture by picture: {unlike}")
     provenance = {
         **{
             kind: {"folder": str(folder), "pictures": len(pictures[kind])}
@@ -66,6 +71,17 @@ def evaluate_folders(real: Path, generated: Path, settings: MeasureSettings) -> 
         **environment("cpu"),
     }
     return Evaluation(figures, settings.model_dump(mode="json"), provenance, warnings)
+
+
+def _first_without_partner(real: Sequence[str], made: Sequence[str]) -> str | None:
+    """Why pictures of two folders do not pair by their names, if they do not."""
+    names, others = [Path(name).stem for name in real], [Path(name).stem for name in made]
+    if names == others:
+        return None
+    alone = next((name for name in names if name not in set(others)), None)
+    side = "generated" if alone is not None else "real"
+    alone = alone or next((name for name in others if name not in set(names)), names[0])
+    return f"{len(names)} real and {len(others)} generated pictures, and no one of the {side} ones is named '{alone}'"
 
 
 def _picture_by_picture(
@@ -116,7 +132,7 @@ def _open(file: Path) -> torch.Tensor:
 
 
 def _cropped(picture: Picture, size: Size) -> torch.Tensor:
-    return as_bytes(cropped(picture.open("RGB"), size))
+    return as_bytes(cropped(picture.picture(), size))
 
 
 def _features(extractor: FeatureExtractor, pictures: Opened, size: int) -> torch.Tensor:

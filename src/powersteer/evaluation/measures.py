@@ -45,7 +45,7 @@ class MeasureSettings(StrictConfig):
     """Of `powersteer.conditions`, by name: finds edges or labels in pictures, to be compared with the condition's."""
     extractor_model: str | None = None
     """Of an extractor that takes one."""
-    batch_size: int = Field(default=20, gt=0)
+    batch_size: int = Field(default=20, gt=0, le=10_000)
     """Pictures made, or measured, at once."""
 
 
@@ -200,7 +200,7 @@ def distances(
     }
     figures = [
         Figure(frechet, "lower", fd, protocol),
-        Figure(kernel, "lower", {kind: Value(distance.mean) for kind, distance in kd.items()}, protocol | subsets),
+        Figure(kernel, "lower", {kind: Value(one.mean, one.spread) for kind, one in kd.items()}, protocol | subsets),
     ]
     return figures, few_pictures(min(counts.values()))
 
