@@ -144,19 +144,27 @@ def test_a_cached_epoch_touches_neither_vae_nor_text_encoder(config, monkeypatch
 
     monkeypatch.setattr(Encoder, "latents", touched)
     monkeypatch.setattr(Encoder, "texts", touched)
-    assert train(config.model_copy(update={"proportion_empty_prompts": 0.5})).step == 8
+    other = {"proportion_empty_prompts": 0.5, "output_dir": config.output_dir / "other"}  # of the same cache
+    assert train(config.model_copy(update=other)).step == 8
     with pytest.raises(AssertionError, match="the encoder was used"):
         train(config.model_copy(update={"cache_latents": False, "max_train_steps": 12}))
 
 
-def test_non_finite_loss_names_step_and_samples_and_saves_nothing(config):
+def test_non_finite_loss_names_step_and_samples_and_saves_nothing(config, monkeypatch):
+    wild = config.model_copy(
+        update={"learning_rate": 1e30, "max_grad_norm": 1e30, "output_dir": config.cache_dir / "x"}
+    )
+    with pytest.raises(PowersteerError, match=r"non-finite loss at step \d, samples train\[\d+\].*no checkpoint yet"):
+        train(wild)
     train(config)
     before = weights(config.output_dir), [folder.name for folder in list_checkpoints(config.output_dir)]
-    wild = config.model_copy(update={"max_train_steps": 40, "learning_rate": 1e30, "max_grad_norm": 1e30})
-    with pytest.raises(
-        PowersteerError, match=r"non-finite loss at step \d+, samples train\[\d+\].*last good: checkpoint-8"
-    ):
-        train(wild)
+    real = loop.denoising_target
+    monkeypatch.setattr(loop, "denoising_target", lambda *args: real(*args) * torch.inf)
+    wanted = (
+        r"non-finite loss at step 8, samples train\[\d+\].*last good: checkpoint-8.*init_from=.*checkpoint-8 begins"
+    )
+    with pytest.raises(PowersteerError, match=wanted):
+        train(config.model_copy(update={"max_train_steps": 40}))
     assert same(before[0], weights(config.output_dir))
     assert [folder.name for folder in list_checkpoints(config.output_dir)] == before[1]
 

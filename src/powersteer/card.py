@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from powersteer.core.files import write_whole
+from powersteer.core.text import json_lines, parse_object, parse_yaml, read_object, read_text
 from powersteer.errors import PowersteerError
 
 CARD = "README.md"
@@ -33,13 +34,17 @@ def write_card(folder: Path, name: str | None = None) -> bool:
         PowersteerError: The folder holds no adapter, or cannot be written.
     """
     path = folder / CARD
-    try:
-        if path.exists() and MARK not in path.read_text(encoding="utf-8"):
-            return False
-        path.write_text(model_card(folder, name), encoding="utf-8")
-    except OSError as error:
-        raise PowersteerError(f"cannot write {path}: {error.strerror}") from None
+    if path.exists() and not _is_ours(path):
+        return False
+    write_whole(path, model_card(folder, name).encode())
     return True
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return MARK in read_text(path)
+    except PowersteerError:
+        return False  # a person's, in an encoding of their own
 
 
 def model_card(folder: Path, name: str | None = None) -> str:
@@ -51,7 +56,7 @@ def model_card(folder: Path, name: str | None = None) -> str:
         name: See `write_card`.
 
     Raises:
-        PowersteerError: The folder holds no adapter.
+        PowersteerError: The folder holds no adapter, or one of those files is damaged.
     """
     config = _read_json(folder / "config.json")
     if not config:
@@ -84,7 +89,7 @@ def model_card(folder: Path, name: str | None = None) -> str:
         *(f"![{caption}]({file})\n\n*{caption}.*" for file, caption in pictures_of(folder).items()),
         _use(name, base, config) if config.get("_class_name") == "BPSModel" else "",
         _facts(config, condition, data, settings),
-        _figures(folder, refitted=bool(settings.get("refit"))),
+        _figures(folder, settings),
         _measured(_read_json(folder / "metrics.json")),
         _command(settings),
         f"## Licence\n\n{licence}, as its data."
@@ -163,20 +168,18 @@ def _facts(
     )
 
 
-def _figures(folder: Path, *, refitted: bool) -> str:
+def _figures(folder: Path, settings: Mapping[str, Any]) -> str:
     """The best row of the log, as the run chose it."""
-    try:
-        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
-        return ""
-    rows = [row for row in rows if "steered" in row]
+    rows = [row for row in _log(folder / "log.jsonl") if "steered" in row and "prior" in row]
     if not rows:
         return ""
-    held_out = rows[-1]["on"] == "held-out pairs"
+    held_out = rows[-1].get("on") == "held-out pairs"
     best = min(rows, key=lambda row: row["steered"]) if held_out else rows[-1]
-    note = " These weights were then trained anew on all pairs, for as many updates." if refitted else ""
-    losses = [f"{best[kind]:.4f}" for kind in ("prior", "steered", "shuffled")]
-    gaps = [f"{best[kind]:.4f} ± {best[f'{kind}_error']:.4f}" for kind in ("gain", "control")]
+    record = _read_json(folder / "run.json")
+    updates = record.get("refitted") if record else settings.get("refit") and best["step"]
+    note = f" These weights were then trained anew on all pairs, for {updates} updates." if updates else ""
+    losses = [f"{best[kind]:.4f}" if kind in best else "—" for kind in ("prior", "steered", "shuffled")]
+    gaps = [f"{best[kind]:.4f}{_error(best, kind)}" for kind in ("gain", "control")]
     return f"""## Figures
 
 Denoising loss on {best["on"]}, same noise for all, at step {best["step"]} of {rows[-1]["step"]}:
@@ -186,6 +189,11 @@ Denoising loss on {best["on"]}, same noise for all, at step {best["step"]} of {r
 | {" | ".join([*losses, *gaps])} |
 
 Gain: prior less steered. Control: how much worse it is with another picture's condition.{note}"""
+
+
+def _error(row: Mapping[str, Any], kind: str) -> str:
+    error = row.get(f"{kind}_error")
+    return "" if error is None else f" ± {error:.4f}"
 
 
 def _measured(metrics: Mapping[str, Any]) -> str:
@@ -239,17 +247,24 @@ def _licence(data: Mapping[str, Any]) -> str | None:
     return said if said in _LICENCES else None
 
 
+def _log(file: Path) -> list[dict[str, Any]]:
+    """The rows of a log; one that was cut short is none yet."""
+    rows: list[dict[str, Any]] = []
+    for number, line in json_lines(read_text(file), str(file)) if file.exists() else ():
+        try:
+            rows.append(parse_object(line, f"{file}, line {number}"))
+        except PowersteerError:
+            continue
+    return rows
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    """What a file says; nothing where there is none."""
+    return read_object(path) if path.exists() else {}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    found = parse_yaml(read_text(path), str(path)) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise PowersteerError(f"{path} does not hold the settings of a run: mend it, or remove it")
+    return found

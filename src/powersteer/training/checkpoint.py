@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import pickle
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,34 @@ import torch
 from safetensors import SafetensorError
 
 from powersteer.adapters import Adapter, load_network
+from powersteer.core.files import reason_of
+from powersteer.core.text import read_object
 from powersteer.errors import PowersteerError
+from powersteer.training.folder import full_reason, remove
 
 _DIGESTS = "digests.json"
+_TENSORS = "training.pt"
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run goes on from."""
+
+    folder: Path
+    tensors: Mapping[str, Any]
+    """State dicts: optimizer, running average, …"""
+    state: Mapping[str, Any]
+    """Plain values; one that was not finite is None."""
 
 
 def save_checkpoint(
-    output_dir: Path, network: Adapter, tensors: dict[str, Any], state: dict[str, Any], keep: int
+    output_dir: Path,
+    network: Adapter,
+    tensors: dict[str, Any],
+    state: dict[str, Any],
+    keep: int,
+    others: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``checkpoint-<step>`` and remove all but the newest ``keep``.
 
@@ -30,64 +53,84 @@ def save_checkpoint(
         tensors: State dicts, of tensors and plain values only: optimizer, running average, …
         state: Plain values, ``step`` among them.
         keep: How many checkpoints stay.
+        others: What further JSON files hold, by their names.
 
     Raises:
         PowersteerError: The folder cannot be written; the previous checkpoints are still there.
     """
     final = output_dir / f"checkpoint-{state['step']}"
     partial = output_dir / f".{final.name}.partial"
+    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in state.items()}
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        network.save_pretrained(partial)
-        torch.save(tensors, partial / "training.pt")
-        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        _save_network(network, partial)
+        with (partial / _TENSORS).open("wb") as file:  # given a path, torch would hide why it cannot write
+            torch.save(tensors, file)
+        for name, content in {_STATE: finite, **(others or {})}.items():
+            (partial / name).write_text(json.dumps(content), encoding="utf-8")
         digests = {file.name: _digest(file) for file in sorted(partial.iterdir())}
         (partial / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
         _sync(partial)
         _discard(final)
         partial.replace(final)
         _sync_folder(output_dir)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save has its own error for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        raise PowersteerError(f"cannot write {final}: {_reason(error)}; earlier checkpoints are untouched") from None
+    except (OSError, RuntimeError, SafetensorError) as error:  # safetensors has its own for a full disk
+        remove(partial)
+        raise PowersteerError(
+            f"cannot write {final}: {full_reason(error)}; earlier checkpoints are untouched"
+        ) from None
     for old in list_checkpoints(output_dir)[:-keep]:
         _discard(old)
 
 
-def load_checkpoint(folder: Path, network: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Put a checkpoint's weights in place; returns its tensors and its state.
+def load_checkpoint(folder: Path, network: Adapter) -> Checkpoint:
+    """Put a checkpoint's weights in place; `check_intact` comes before.
 
     Raises:
-        PowersteerError: The checkpoint is damaged.
+        PowersteerError: It holds something else than was written.
     """
-    fault = damage(folder)
-    if fault is not None:
-        others = [other.name for other in list_checkpoints(folder.parent) if other != folder and damage(other) is None]
-        hint = f"; resume_from_checkpoint={others[-1]} goes on from the one before" if others else ""
-        raise PowersteerError(f"{folder} is damaged ({fault}){hint}")
     saved = load_network(folder)
     try:
         network.load_state_dict(saved.state_dict())
     except RuntimeError:
         raise PowersteerError(f"{folder} holds a network of another shape: give another output_dir") from None
     try:
-        tensors = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise PowersteerError(f"{folder} is damaged (training.pt holds more than tensors): it was not loaded") from None
-    return tensors, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        tensors: Any = torch.load(folder / _TENSORS, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever it meets in what it did not write
+        raise PowersteerError(f"{folder} is damaged ({_TENSORS}: {reason_of(error)}): it was not loaded") from None
+    if not isinstance(tensors, dict) or not {"optimizer", "average", "scaler"} <= tensors.keys():
+        raise PowersteerError(f"{folder} is damaged ({_TENSORS} lacks the optimizer's state): it was not loaded")
+    return Checkpoint(folder, tensors, json.loads((folder / _STATE).read_text(encoding="utf-8")))
+
+
+def check_intact(folder: Path) -> None:
+    """Refuse a checkpoint that is not as it was written.
+
+    Raises:
+        PowersteerError: It is damaged; names what to do.
+    """
+    fault = damage(folder)
+    if fault is not None:
+        others = [other.name for other in list_checkpoints(folder.parent) if other != folder and damage(other) is None]
+        hint = f"; resume_from_checkpoint={others[-1]} goes on from the one before" if others else ""
+        raise PowersteerError(f"{folder} is damaged ({fault}){hint}")
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files; None when they are as they were written."""
+    if not (folder / _DIGESTS).exists():
+        return f"{_DIGESTS} is missing"
     try:
-        digests: dict[str, str] = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
+        digests = read_object(folder / _DIGESTS)
+        unknown = {"config.json", _TENSORS, _STATE} - digests.keys()
+        if unknown:
+            return f"{_DIGESTS} says nothing of {min(unknown)}"
         for name, digest in digests.items():
             if _digest(folder / name) != digest:
                 return f"{name} has changed"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError) as error:
-        return f"it cannot be read: {error}"
+        return f"it cannot be read: {reason_of(error)}"
     return None
 
 
@@ -120,18 +163,30 @@ def chosen_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
 
 
 def set_aside_later(output_dir: Path, checkpoint: Path) -> None:
-    """Rename the checkpoints after one that is gone on from: the next ``latest`` must not be one of them."""
+    """Rename the checkpoints after one that is gone on from: the next ``latest`` must not be one of them.
+
+    Raises:
+        PowersteerError: They cannot be renamed.
+    """
     found = list_checkpoints(output_dir)
-    for later in found[found.index(checkpoint) + 1 :]:
-        aside = later.with_name(f"superseded-{later.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        later.replace(aside)
+    try:
+        for later in found[found.index(checkpoint) + 1 :]:
+            aside = later.with_name(f"superseded-{later.name}")
+            remove(aside)
+            later.replace(aside)
+    except OSError as error:
+        raise PowersteerError(f"cannot set aside checkpoints in {output_dir}: {reason_of(error)}") from None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     folders = [path for path in output_dir.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(folders, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The updates done when it was written."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def save_adapter(output_dir: Path, network: Adapter) -> None:
@@ -142,15 +197,24 @@ def save_adapter(output_dir: Path, network: Adapter) -> None:
     """
     partial = output_dir / ".adapter.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        network.save_pretrained(partial)
+        _save_network(network, partial)
         _sync(partial)
         for file in partial.iterdir():
             file.replace(output_dir / file.name)
         partial.rmdir()
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise PowersteerError(f"cannot write the weights to {output_dir}: {_reason(error)}") from None
+        remove(partial)
+        raise PowersteerError(f"cannot write the weights to {output_dir}: {full_reason(error)}") from None
+
+
+def _save_network(network: Adapter, folder: Path) -> None:
+    """Into a new folder; its parent must be there, since one that was removed must not come back with these alone."""
+    remove(folder)
+    folder.mkdir()
+    network.save_pretrained(folder)
+    mode = (folder / "config.json").stat().st_mode
+    for file in folder.iterdir():
+        file.chmod(mode)  # safetensors makes files that nobody else may read, whatever the user's umask
 
 
 def _sync(folder: Path) -> None:
@@ -180,9 +244,3 @@ def _discard(folder: Path) -> None:
 def _digest(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:160]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,24 +20,27 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
 from powersteer.adapters import Adapter, attach
+from powersteer.core.files import reason_of
 from powersteer.data.encode import EncodedPairs, Sample, TextStates, conditions_of, pixels_of, unet_inputs
 from powersteer.data.order import Share
 from powersteer.errors import NonFiniteError, PowersteerError
 from powersteer.hardware import fast_attention
 from powersteer.training import setup
 from powersteer.training.checkpoint import (
-    chosen_checkpoint,
+    Checkpoint,
     list_checkpoints,
-    load_checkpoint,
     save_adapter,
     save_checkpoint,
     set_aside_later,
+    step_of,
 )
 from powersteer.training.config import TrainConfig
 from powersteer.training.draws import draw, noise, prompt_of, seed_dropout
+from powersteer.training.folder import StillThere
 from powersteer.training.heldout import HeldOut
 from powersteer.training.monitor import Monitor, Validation
 from powersteer.training.objective import denoising_target, min_snr_weights, noise_schedule, timestep_probabilities
@@ -84,6 +88,8 @@ class SteeredUNet(nn.Module):
 class TrainState:
     """How far a run is: what a checkpoint keeps beside the tensors."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
     step: int = 0
     """Optimizer updates done."""
     seconds: float = 0.0
@@ -100,9 +106,45 @@ class TrainState:
     order: str = field(default_factory=lambda: hashlib.sha256().hexdigest())
     """Digest of all samples trained on, in order."""
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: Path) -> TrainState:
+        """What a checkpoint kept; a number that was not finite is None there.
+
+        Raises:
+            PowersteerError: It is no state of a run.
+        """
+        optional = {"control_step"}
+        given = {key: value for key, value in values.items() if value is not None or key in optional}
+        try:
+            state = _STATES.validate_json(json.dumps(given))
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            what = f"state.json: {'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+            raise PowersteerError(f"{where} is damaged ({what}): it was not loaded") from None
+        if state.step != step_of(where) or not 0 <= state.best_step <= state.step or state.validations_since < 0:
+            raise PowersteerError(f"{where} is damaged (state.json: its steps cannot be): it was not loaded")
+        return state
+
     def saw(self, names: list[str]) -> None:
         """Take note of what was trained on."""
         self.order = hashlib.sha256("\n".join([self.order, *names]).encode()).hexdigest()
+
+
+_STATES: TypeAdapter[TrainState] = TypeAdapter(TrainState)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run writes, and what it goes on from."""
+
+    folder: Path
+    """Checkpoints, weights and log go here."""
+    still_there: StillThere
+    """Asked before anything is written."""
+    checkpoint: Checkpoint | None = None
+    """Whose weights are in the network already."""
+    kept: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What every checkpoint keeps beside: the run's record, by its file's name."""
 
 
 def fit(
@@ -112,11 +154,11 @@ def fit(
     network: Adapter,
     pairs: Source,
     held_out: HeldOut | None,
-    output_dir: Path,
+    place: Place,
     last_step: int,
     description: str = "training",
 ) -> tuple[TrainState, bool]:
-    """Train a network, or go on training it; the best weights (the last, without held-out pairs) end in ``output_dir``.
+    """Train a network, or go on training it; the best weights (the last, without held-out pairs) end in its folder.
 
     Args:
         config: How.
@@ -125,7 +167,7 @@ def fit(
         network: The network that steers it.
         pairs: What to train on.
         held_out: On what to choose the best weights.
-        output_dir: Checkpoints, weights and log go here.
+        place: Where to write, and what to go on from.
         last_step: Optimizer updates in all.
         description: For the progress bar.
 
@@ -135,8 +177,7 @@ def fit(
     Raises:
         PowersteerError: The output folder or a checkpoint is unusable, or a loss or gradient became non-finite.
     """
-    checkpoint = chosen_checkpoint(output_dir, config.resume_from_checkpoint)
-    saved = None if checkpoint is None else load_checkpoint(checkpoint, network)
+    output_dir, checkpoint = place.folder, place.checkpoint
     whole = Whole(network, accelerator)
     bare = make_optimizer(config, network)
     steered, optimizer = accelerator.prepare(SteeredUNet(pipe.unet, network), bare)
@@ -156,15 +197,19 @@ def fit(
     share = Share(config.train_batch_size, accumulation, accelerator.num_processes, accelerator.process_index)
 
     state = TrainState()
-    if checkpoint is not None and saved is not None:
-        tensors, values = saved
-        load_optimizer_state(optimizer, tensors["optimizer"])
-        average.load_state_dict(tensors["average"], parameters)
-        if accelerator.scaler is not None and tensors["scaler"]:
-            accelerator.scaler.load_state_dict(tensors["scaler"])
-        state = TrainState(**values)
+    if checkpoint is not None:
+        state, tensors = TrainState.of(checkpoint.state, checkpoint.folder), checkpoint.tensors
+        try:
+            load_optimizer_state(optimizer, tensors["optimizer"])
+            average.load_state_dict(tensors["average"], parameters)
+            if accelerator.scaler is not None and tensors["scaler"]:
+                accelerator.scaler.load_state_dict(tensors["scaler"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PowersteerError(
+                f"{checkpoint.folder} holds another optimizer's state ({reason_of(error)}): give another output_dir"
+            ) from None
         if accelerator.is_main_process:
-            set_aside_later(output_dir, checkpoint)
+            set_aside_later(output_dir, checkpoint.folder)
         lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "last_epoch": state.step})
     network.train()
     # Without held-out pairs, some of the training pairs are watched in their place; they choose nothing.
@@ -211,7 +256,9 @@ def fit(
         tensors = {"optimizer": optimizer_state(optimizer), "average": gathered(average.state_dict()), "scaler": scaler}
         with whole.gathered() as kept:
             if accelerator.is_main_process:
-                save_checkpoint(output_dir, kept, tensors, vars(state), config.checkpoints_total_limit)
+                place.still_there()
+                limit = config.checkpoints_total_limit
+                save_checkpoint(output_dir, kept, tensors, vars(state), limit, place.kept)
         accelerator.wait_for_everyone()
 
     def finished() -> bool:
@@ -220,6 +267,7 @@ def fit(
         return state.step >= last_step or out_of_time or out_of_patience
 
     with Monitor(output_dir, accelerator, last_step, description, autocast) as monitor, _stop_on_signal() as stop:
+        place.still_there()
         monitor.resume(state.step)
         if state.step == 0:
             with whole.gathered() as measured:
@@ -276,6 +324,7 @@ def fit(
             interrupted, state.seconds = bool(everyone[:, 1].any()), everyone[0, 2].item()
 
             # 4. Held-out loss, the best weights, pictures, checkpoints.
+            place.still_there()
             last = finished()
             validates = state.step % config.validation_steps == 0 or last
             shows = state.step % config.validation_image_steps == 0 or last
@@ -303,15 +352,17 @@ def _refuse_non_finite(step: int, names: list[str], losses: torch.Tensor, output
     named = ", ".join(everywhere[:8]) + (", …" if len(everywhere) > 8 else "")
     found = list_checkpoints(output_dir)
     last = f"last good: {found[-1].name}" if found else "there is no checkpoint yet"
+    start = f" (init_from={found[-1]} begins at its weights)" if found else ""
     raise NonFiniteError(
-        f"non-finite {kind} at step {step}, samples {named}; {last}. Try mixed_precision=bf16 (or no) or a lower "
-        "learning_rate, and look at these samples"
+        f"non-finite {kind} at step {step}, samples {named}; {last}. Look at these samples, and try "
+        f"mixed_precision=bf16 (or no), or in another output_dir a lower learning_rate{start}"
     )
 
 
 @contextmanager
 def _stop_on_signal() -> Generator[threading.Event]:
-    """Ctrl-C and SIGTERM end the loop after the step under way; a second one ends it at once."""
+    """Ctrl-C, SIGTERM and SIGHUP (the terminal closes) end the loop after the step under way; a second one ends it at
+    once. What ``nohup`` has a run ignore, it ignores."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -322,7 +373,11 @@ def _stop_on_signal() -> Generator[threading.Event]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(hangup)
+    previous = {number: signal.signal(number, request_stop) for number in numbers}
     try:
         yield stop
     finally:

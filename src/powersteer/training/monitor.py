@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +16,20 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
 from powersteer.adapters import Adapter, attach
+from powersteer.core.console import PlainColumn, PlainConsole
+from powersteer.core.files import write_whole
+from powersteer.core.text import json_lines, parse_object, read_text
 from powersteer.data.encode import conditions_of
 from powersteer.data.pairs import spread
 from powersteer.errors import PowersteerError
 from powersteer.generate import steered_pictures
 from powersteer.pictures import condition_picture, save_grid, to_pil
+from powersteer.training.folder import writing
 from powersteer.training.heldout import Autocast, Gap, HeldOut
-
-LOG = "log.jsonl"
+from powersteer.training.record import LOG
 
 
 def check_trackers(report_to: str) -> list[str]:
@@ -103,13 +108,13 @@ class Monitor:
         self, output_dir: Path, accelerator: Accelerator, total: int | None, description: str, autocast: Autocast
     ) -> None:
         self.output_dir, self.accelerator, self.autocast = output_dir, accelerator, autocast
-        self.console = Console(stderr=True, quiet=not accelerator.is_main_process)
+        self.console = PlainConsole(stderr=True, quiet=not accelerator.is_main_process)
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            PlainColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            PlainColumn("{task.fields[figures]}"),
             console=self.console,
             disable=not accelerator.is_main_process,
         )
@@ -119,23 +124,27 @@ class Monitor:
         self._since = (time.perf_counter(), 0)
 
     def __enter__(self) -> Monitor:
-        self.progress.start()
+        with suppress(OSError):  # here as below: a terminal that has gone must not end the run
+            self.progress.start()
         self._task = self.progress.add_task(self.description, total=self.total, figures="")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        with suppress(OSError):
+            self.progress.stop()
 
     def resume(self, step: int) -> None:
-        """Go on at a step: what the log holds of later ones, which were lost, is cut off."""
+        """Go on at a step: what the log holds of later ones, which were lost, is cut off.
+
+        Raises:
+            PowersteerError: The log cannot be written.
+        """
         self._since = (time.perf_counter(), step)
         self.progress.update(self._task, completed=step)
         log = self.output_dir / LOG
         if self.accelerator.is_main_process and log.exists():
-            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if step and _step(line) <= step]
-            partial = log.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            partial.replace(log)
+            lines = [line for _, line in json_lines(read_text(log), str(log)) if step and _step(line) <= step]
+            write_whole(log, "".join(line + "\n" for line in lines).encode())
 
     def advance(self, step: int, loss: float, batch_size: int) -> None:
         """Show an update."""
@@ -147,24 +156,36 @@ class Monitor:
         self.progress.update(self._task, completed=step, figures=figures)
 
     def record(self, row: dict[str, Any]) -> None:
-        """Append a row to the log, and report it."""
+        """Append a row to the log, and report it; a figure that is no number (of one pair, an error) is left out.
+
+        Raises:
+            PowersteerError: The log, or a tracker's, cannot be written.
+        """
+        row = _finite(row)
         if "steered" in row:
             self.held_out = f"held-out {row['steered']:.4f} (prior {row['prior']:.4f})  "
         if not self.accelerator.is_main_process:
             return
-        with (self.output_dir / LOG).open("a", encoding="utf-8") as log:
+        file = self.output_dir / LOG
+        with writing(file), file.open("a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
         flat = {name: value for name, value in row.items() if isinstance(value, float)}
         for band, figures in row.get("bands", {}).items():
             flat |= {f"t {band}/{name}": value for name, value in figures.items()}
-        self.accelerator.log(flat, step=row["step"])
+        with writing(f"the logs of {', '.join(tracker.name for tracker in self.accelerator.trackers)}"):
+            self.accelerator.log(flat, step=row["step"])
 
     def say(self, message: str) -> None:
         """A line above the bar."""
-        self.console.print(message, highlight=False, soft_wrap=True)
+        with suppress(OSError):
+            self.console.print(message, soft_wrap=True)
 
     def pictures(self, pipe: Any, network: Adapter, watched: HeldOut, count: int, step: int) -> None:
-        """Write and report condition | generated | target for some of the watched pairs, seeds fixed."""
+        """Write and report condition | generated | target for some of the watched pairs, seeds fixed.
+
+        Raises:
+            PowersteerError: They cannot be written.
+        """
         if not self.accelerator.is_main_process or not count:
             return
         pairs = watched.pairs
@@ -196,11 +217,13 @@ class Monitor:
         ]
         file = self.output_dir / "validation" / f"step-{step:06d}.png"
         scale = max(1, 128 // size[1])
-        save_grid(torch.stack(sheet), file, columns=3, scale=scale, headings=("condition", "generated", "target"))
+        with writing(file):
+            save_grid(torch.stack(sheet), file, columns=3, scale=scale, headings=("condition", "generated", "target"))
         for tracker in self.accelerator.trackers:
             images = np.stack([np.asarray(to_pil(image)) for image in made])
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"generated": images}, step=step, **layout)
+            with writing(f"the logs of {tracker.name}"):
+                tracker.log_images({"generated": images}, step=step, **layout)
 
 
 def memory_used(device: torch.device) -> int:
@@ -210,8 +233,13 @@ def memory_used(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: _finite(value) if isinstance(value, Mapping) else value for name, value in row.items()}
+    return {name: value for name, value in kept.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
 def _step(line: str) -> int:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
+        return int(parse_object(line, LOG)["step"])
+    except (PowersteerError, KeyError, TypeError, ValueError):
         return 2**63  # cut short

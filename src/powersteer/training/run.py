@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +12,28 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from powersteer.adapters import load_network
+from powersteer.adapters import Adapter, load_network
 from powersteer.base import load_base
 from powersteer.card import write_card
-from powersteer.config import save_config
-from powersteer.data.encode import EncodedPairs, Encoder, encode_pairs
-from powersteer.data.pairs import Pairs, Size, Transform, Views, spread
-from powersteer.data.stream import StreamedPairs, list_shards, read_shard
+from powersteer.core.console import PlainConsole
+from powersteer.data.cache import module_digest, settings_digest, tokenizer_digest
 from powersteer.errors import PowersteerError
-from powersteer.training.checkpoint import save_adapter
+from powersteer.training.checkpoint import check_intact, chosen_checkpoint, load_checkpoint, save_adapter, step_of
 from powersteer.training.config import TrainConfig
+from powersteer.training.data import RunData
 from powersteer.training.dry_run import dry_run, free_memory
+from powersteer.training.folder import REFIT, StillThere, held, remove, writing
 from powersteer.training.heldout import HeldOut
-from powersteer.training.loop import PROBE, Source, TrainState, fit
+from powersteer.training.loop import Place, Source, TrainState, fit
+from powersteer.training.record import RECORD, Record, begun_with, check_step, write_settings
 from powersteer.training.setup import (
     base_dtype,
     check_splits,
-    columns_of,
-    conditioning,
     make_accelerator,
     new_network,
-    picture_size,
     precision_of,
-    read_pairs,
     update_count,
 )
-
-MIN_HELD_OUT = 4
 
 
 @dataclass(frozen=True)
@@ -73,36 +68,48 @@ def train(config: TrainConfig) -> TrainResult:
     """
     check_splits(config)
     accelerator = make_accelerator(config)
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        if accelerator.is_main_process:
-            save_config(config, config.output_dir / "train.yaml")
-    except OSError as error:
-        raise PowersteerError(f"cannot write to {config.output_dir}: {error.strerror}") from None
-    accelerator.init_trackers("powersteer")
+    with held(config.output_dir, accelerator.is_main_process) as still_there, _one_line(config):
+        return _train(config, accelerator, still_there)
 
+
+def _train(config: TrainConfig, accelerator: Accelerator, still_there: StillThere) -> TrainResult:
+    console = PlainConsole(stderr=True, quiet=not accelerator.is_main_process)
+    for line in config.idle():
+        console.print(line, soft_wrap=True)
     pipe = load_base(config.pretrained_model_name_or_path)
+    network = new_network(config, pipe)
+    data = RunData(config, pipe, console)
+    steps = update_count(config, data.count, accelerator.num_processes)
+    facts = _facts(config, pipe, network, accelerator.num_processes, steps) | data.facts()
+    record, chosen = _agreed(config, facts, steps, console)
+
     torch.nn.Module.to(pipe.unet, base_dtype(precision_of(config), accelerator.device.type))
     pipe.to(accelerator.device)
-    network = new_network(config, pipe).to(accelerator.device)
+    network = network.to(accelerator.device)
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-    pairs, held_out_pairs, all_pairs, count = _data(config, pipe, accelerator)
+    data.tell()
+    pairs, held_out_pairs, all_pairs = data.encode()
     held_out = None
     if held_out_pairs is not None:
         held_out = HeldOut(pipe, held_out_pairs, limit=config.max_validation_samples, accelerator=accelerator)
+    checkpoint = None if chosen is None else load_checkpoint(chosen, network)
+    accelerator.wait_for_everyone()  # all have read what one now writes
+    if accelerator.is_main_process:
+        still_there()
+        record.save(config.output_dir)
+        write_settings(config, config.output_dir)
+    with writing(f"the logs in {config.output_dir}"):
+        accelerator.init_trackers("powersteer")
 
-    steps = update_count(config, count, accelerator.num_processes)
-    try:
-        state, interrupted = fit(config, accelerator, pipe, network, pairs, held_out, config.output_dir, steps)
-        if config.refit and not interrupted:
-            interrupted = _refit(config, accelerator, pipe, all_pairs, state)
-    except RuntimeError as error:
-        if not _out_of_memory(error):
-            raise
-        raise PowersteerError(_memory_advice(config)) from None
-    accelerator.end_training()
+    place = Place(config.output_dir, still_there, checkpoint, {RECORD: record.as_json()})
+    state, interrupted = fit(config, accelerator, pipe, network, pairs, held_out, place, steps)
+    if config.refit and not interrupted:
+        interrupted = _refit(config, accelerator, pipe, all_pairs, state, place, record)
+    with writing(f"the logs in {config.output_dir}"):
+        accelerator.end_training()
     if accelerator.is_main_process and not interrupted:
+        still_there()
         write_card(config.output_dir)
     return TrainResult(
         config.output_dir,
@@ -115,77 +122,99 @@ def train(config: TrainConfig) -> TrainResult:
     )
 
 
-def _data(config: TrainConfig, pipe: Any, accelerator: Accelerator) -> tuple[Source, EncodedPairs | None, Source, int]:
-    """What to train on, what to hold out, both together; and the number of pairs (0: not known)."""
-    factor = pipe.vae_scale_factor
-    size, step = picture_size(config, pipe.unet.config, factor)
-    console = Console(stderr=True, quiet=not accelerator.is_main_process)
-    cache_dir = (config.cache_dir or config.output_dir / "cache") if config.cache_latents else None
-    dtype = torch.float32 if precision_of(config) == "no" else torch.float16
-
-    def encoded(pairs: Pairs) -> EncodedPairs:
-        prompts = [config.fixed_prompt] if config.prompt_mix else []
-        return encode_pairs(pipe, pairs, cache_dir, prompts=prompts, dtype=dtype, console=console)
-
-    validation = None
-    if config.validation_data_dir is not None:
-        validation = encoded(read_pairs(config, config.validation_data_dir, size, step, factor, plain=True))
+def _facts(config: TrainConfig, pipe: Any, network: Adapter, processes: int, steps: int) -> dict[str, Any]:
+    """What settings come to, but for the data; see `powersteer.training.record.FACTS`."""
+    parts = [pipe.unet, pipe.vae, *(e for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if e)]
+    tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
+    base = [*map(module_digest, parts), *map(tokenizer_digest, tokenizers), settings_digest(pipe.scheduler.config)]
+    facts: dict[str, Any] = {
+        "base": base,
+        "start": None if config.init_from is None else module_digest(network),
+        "batch": config.train_batch_size * config.gradient_accumulation_steps * processes,
+        "precision": precision_of(config),
+        "processes": processes,
+    }
+    if config.lr_scheduler in ("linear", "cosine"):
+        facts["updates"] = steps
     if config.streaming:
-        stream = _stream(config, pipe, size, encoded)
-        return stream, validation, stream, 0
-    folder = None if config.train_data_dir is None else Path(config.train_data_dir)
-    pairs = read_pairs(config, folder, size, step, factor, plain=False)
-    if not config.validation_split:
-        everything = encoded(pairs)
-        return everything, validation, everything, len(pairs)
-    count = max(MIN_HELD_OUT, round(config.validation_split * len(pairs)))
-    if len(pairs) < 2 * MIN_HELD_OUT:
-        raise PowersteerError(
-            f"{len(pairs)} pairs are too few to hold some out: give {2 * MIN_HELD_OUT} or more, or validation_split=0 "
-            "refit=false patience=null"
-        )
-    held_out = spread(len(pairs), count)
-    rest = [i for i in range(len(pairs)) if i not in set(held_out)]
-    return encoded(pairs.subset(rest)), encoded(pairs.subset(held_out, plain=True)), encoded(pairs), len(rest)
+        facts["readers"] = processes * max(1, config.dataloader_num_workers)
+    return facts
 
 
-def _stream(config: TrainConfig, pipe: Any, size: Size, encoded: Callable[[Pairs], EncodedPairs]) -> StreamedPairs:
-    shards, columns = list_shards(str(config.train_data_dir)), columns_of(config)
-    conditions = conditioning(config)
-    transform = Transform(conditions.channels, conditions.kind, pipe.vae_scale_factor)
-    first = islice(read_shard(shards[0], columns), PROBE)
-    probe = Pairs(
-        list(first),
-        size,
-        conditions.channels,
-        kind=conditions.kind,
-        default_prompt=config.default_prompt,
-        vae_scale_factor=pipe.vae_scale_factor,
-    )
-    return StreamedPairs(
-        shards,
-        Encoder(pipe),
-        encoded(probe),
-        transform=transform,
-        size=size,
-        views=Views(config.random_flip, config.random_crops, config.smallest_crop),
-        columns=columns,
-        default_prompt=config.default_prompt,
-    )
+def _agreed(config: TrainConfig, facts: dict[str, Any], steps: int, console: Console) -> tuple[Record, Path | None]:
+    """The run's record, and the checkpoint to go on from.
+
+    Raises:
+        PowersteerError: What is in the folder was begun with other settings, is damaged, or somebody else's.
+    """
+    chosen = chosen_checkpoint(config.output_dir, config.resume_from_checkpoint)
+    if chosen is not None:
+        check_intact(chosen)
+    begun, now = begun_with(config.output_dir, chosen), Record.of(config, facts)
+    if begun is None:
+        return now, chosen
+    record = begun.continued(now, 0 if chosen is None else step_of(chosen), config.output_dir)
+    check_step(config.output_dir, chosen, steps)
+    for change in record.changes[len(begun.changes) :]:
+        told = ", ".join(f"{key} {both[1]} (was {both[0]})" for key, both in change.items() if key != "step")
+        console.print(f"from step {change['step']} on with {told}", soft_wrap=True)
+    return record, chosen
 
 
-def _refit(config: TrainConfig, accelerator: Accelerator, pipe: Any, pairs: Source, found: TrainState) -> bool:
+def _refit(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    pipe: Any,
+    pairs: Source,
+    found: TrainState,
+    place: Place,
+    record: Record,
+) -> bool:
     """Train on all pairs for as many updates as were best; whether that was interrupted."""
     if found.best_step == 0:
         return False  # nothing learned was better than the prior, whose network is kept
-    output_dir = config.output_dir / "refit"
-    output_dir.mkdir(exist_ok=True)
+    output_dir = config.output_dir / REFIT
     network = new_network(config, pipe).to(accelerator.device)
     accelerator.free_memory()
-    _, interrupted = fit(config, accelerator, pipe, network, pairs, None, output_dir, found.best_step, "on all pairs")
+    wanted = "latest-intact" if config.resume_from_checkpoint == "latest-intact" else "latest"
+    chosen = chosen_checkpoint(output_dir, wanted)
+    if chosen is not None and step_of(chosen) > found.best_step:  # of a run that was then best later
+        accelerator.wait_for_everyone()
+        chosen = None
+        if accelerator.is_main_process:
+            remove(output_dir)
+    if chosen is not None:
+        check_intact(chosen)
+    if accelerator.is_main_process:
+        place.still_there()
+        with writing(output_dir):
+            output_dir.mkdir(exist_ok=True)
+    accelerator.wait_for_everyone()
+    checkpoint = None if chosen is None else load_checkpoint(chosen, network)
+    there = replace(place, folder=output_dir, checkpoint=checkpoint)
+    _, interrupted = fit(config, accelerator, pipe, network, pairs, None, there, found.best_step, "on all pairs")
     if not interrupted and accelerator.is_main_process:
+        place.still_there()
         save_adapter(config.output_dir, load_network(output_dir))
+        replace(record, refitted=found.best_step).save(config.output_dir)
     return interrupted
+
+
+@contextmanager
+def _one_line(config: TrainConfig) -> Generator[None]:
+    """Within the block, what a machine lacks, or takes away, is said with what to do about it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _out_of_memory(error):
+            raise PowersteerError(_memory_advice(config)) from None
+        said = " ".join(str(error).split())
+        if "DataLoader worker" not in said:
+            raise
+        raise PowersteerError(
+            f"a data worker was ended from outside ({said}): memory may have run out. The same command goes on from "
+            "the last checkpoint; give fewer dataloader_num_workers"
+        ) from None
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -12,15 +12,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
-from powersteer.adapters import Adapter, check_adapter, load_network, make_adapter, save_activation_memory
-from powersteer.conditions.kinds import FEATURE
+from powersteer.ablations import ABLATIONS, NO_LATENTS
+from powersteer.adapters import Adapter, check_adapter, load_network, make_adapter, record_of, save_activation_memory
+from powersteer.conditions.kinds import BLIND, FEATURE
 from powersteer.data.conditioning import DATASET_FILE, HELD_OUT, Conditioning, conditioning_of
+from powersteer.data.contents import Contents
 from powersteer.data.layouts import Columns, hub_rows
 from powersteer.data.pairs import Pairs, Size, Views, bucket_sizes
 from powersteer.errors import PowersteerError
 from powersteer.hardware import native_precision
 from powersteer.model import BPSModel
-from powersteer.training.config import TrainConfig
+from powersteer.training.config import NETWORK_KEYS, TrainConfig
 from powersteer.training.monitor import check_trackers
 from powersteer.training.sharding import share_out
 
@@ -80,11 +82,13 @@ def new_network(config: TrainConfig, pipe: Any) -> Adapter:
     """The network to train: untrained, or with the weights of ``init_from``.
 
     Raises:
-        PowersteerError: ``init_from`` is no adapter for the base, or ``weights`` do not fit it.
+        PowersteerError: ``init_from`` is no adapter for the base or not what else is asked for, or ``weights`` do not
+            fit the base.
     """
     if config.init_from is not None:
         network, wanted = load_network(config.init_from), conditioning(config)
         check_adapter(network, pipe)
+        _check_shape(config, network, pipe)
         if isinstance(network, BPSModel):
             if network.config["conditioning_channels"] != wanted.channels:
                 raise PowersteerError(
@@ -103,6 +107,53 @@ def new_network(config: TrainConfig, pipe: Any) -> Adapter:
     if config.gradient_checkpointing:
         save_activation_memory(network)
     return network
+
+
+_KINDS = {"controlnet": "ControlNetModel", "controlnet-xs": "ControlNetXSAdapter", "t2i-adapter": "ZeroStartT2IAdapter"}
+"""Classes of the baselines."""
+_SHAPED = {
+    "weights": ("down_weights", "mid_weight", "up_weight"),
+    "network": ("output_kernel_size",),
+    "ablation": (),
+}
+"""Of a BPS network's config, what a key decides; by default its namesake."""
+
+
+def _check_shape(config: TrainConfig, network: Adapter, pipe: Any) -> None:
+    """Refuse ``init_from`` with keys that ask for another network: they would have no effect.
+
+    Raises:
+        PowersteerError: There are such.
+    """
+    asked = config.asked(*NETWORK_KEYS)
+    kind = _KINDS.get(config.network, BPSModel.__name__)
+    if config.ablation in ABLATIONS:
+        kind = ABLATIONS[config.ablation].__name__
+    if config.ablation == NO_LATENTS:
+        kind = "WithoutLatents"
+    differ = [key for key in asked if key in ("network", "ablation") and type(network).__name__ != kind]
+    blind = bool((record_of(network).get("conditioning") or {}).get(BLIND))
+    if "ablation" in asked and config.ablation == BLIND and not blind:
+        differ.append("ablation")
+    if isinstance(network, BPSModel) and not differ and asked:
+        with torch.device("meta"):
+            wanted: Any = make_adapter(pipe.unet, **network_arguments(config, "epsilon", pipe.vae_scale_factor))
+        for key in asked:
+            names = _SHAPED.get(key, (key,))
+            given, own = ([_plain(one.config[name]) for name in names] for one in (wanted, network))
+            if given != own:
+                differ.append(key)
+    if config.asked("port_learning_rates") and not isinstance(network, BPSModel):
+        differ.append("port_learning_rates")
+    if differ:
+        raise PowersteerError(
+            f"init_from={config.init_from} brings its own network, a {type(network).__name__} which is not of "
+            f"{differ[0]}={getattr(config, differ[0])}: leave {differ[0]} out, or init_from"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
 
 
 def network_arguments(config: TrainConfig, prediction_type: str, vae_scale_factor: int) -> dict[str, Any]:
@@ -193,7 +244,14 @@ def columns_of(config: TrainConfig) -> Columns:
 
 
 def read_pairs(
-    config: TrainConfig, folder: Path | None, size: Size, step: int, vae_scale_factor: int, *, plain: bool
+    config: TrainConfig,
+    folder: Path | None,
+    size: Size,
+    step: int,
+    vae_scale_factor: int,
+    *,
+    plain: bool,
+    contents: Contents | None = None,
 ) -> Pairs:
     """The pairs of a folder, or of the Hub; (``plain``) without their mirrored and cut-out views."""
     columns, source, conditions = columns_of(config), folder, conditioning(config)
@@ -208,6 +266,7 @@ def read_pairs(
         columns=columns,
         default_prompt=config.default_prompt,
         buckets=bucket_sizes(size, step) if config.aspect_ratio_buckets else None,
+        contents=contents,
         views=Views() if plain else Views(config.random_flip, config.random_crops, config.smallest_crop),
         vae_scale_factor=vae_scale_factor,
     )
