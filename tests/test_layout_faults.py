@@ -1,6 +1,7 @@
 """Pairs as people misname, mislay and damage them: refused in one sentence, or said; never paired wrongly."""
 
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -271,10 +272,10 @@ def test_links_to_nothing_and_folders_that_cannot_be_read(bases, monkeypatch):
     for name in ("a" * 5000, "a\0b"):
         refused(Path(name), "there is no folder of pairs")
 
-    def denied(self):
+    def denied(folder):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "iterdir", denied)
+    monkeypatch.setattr(os, "listdir", denied)
     refused(bases, "bases cannot be read: Permission denied")
 
 

@@ -141,6 +141,14 @@ def test_two_pictures_that_share_what_lies_beside(tmp_path, beside):
     assert len(items) == 2 and source.unused == {"are in no row of metadata.jsonl": [f"a.{beside}", "b.png"]}
 
 
+def test_a_roundabout_path_to_the_source(tmp_path):
+    put(tmp_path, "s/train/a.jpg", "s/val/b.jpg", "s/more.jpg")
+    (tmp_path / "x").mkdir()
+    items, source = items_of(tmp_path / "x" / ".." / "s")
+    assert items == [("train", "a.jpg"), ("validation", "b.jpg")]
+    assert source.unused == {"lie outside of train, val": ["more.jpg"]}
+
+
 def test_what_is_read_and_what_is_left(tmp_path):
     names = ["a.jfif", "b.tga", "deep/er/c.JPG", *(["d.avif"] if ".avif" in Image.registered_extensions() else [])]
     root = put(tmp_path, *names)

@@ -108,9 +108,11 @@ def look(folder: Path, columns: Columns | None = None) -> Found:
     if not rows and not faults:
         raise PowersteerError(f"{folder} has no rows")
     held_out: list[str] = []
-    files = [path for path in files_in(folder, held_out=held_out) if not _is_ours(path)]
-    left_out = sorted(str(path) for path in files if os.path.normpath(path) not in seen.files)
-    lie_there = [row for row in rows if row.image.file and _lies_in_held_out(row.image.file, folder)]
+    files = files_in(Path(os.path.normpath(folder)), held_out=held_out)
+    left_out = sorted(file for file in files if file not in seen.files and not _is_ours(file))
+    places = [str(row.image.file.parent) if row.image.file else "" for row in rows]
+    there = {place for place in {*places} - {""} if any(map(is_held_out, Path(os.path.relpath(place, folder)).parts))}
+    lie_there = [row for row, place in zip(rows, places, strict=True) if place in there]
     return Found(rows, faults, left_out + seen.left_out, sorted(held_out), lie_there)
 
 
@@ -167,12 +169,8 @@ def _layout_of(folder: Path) -> Layout | None:
     return next((layout for layout in LAYOUTS if layout.fits(folder)), None)
 
 
-def _is_ours(path: Path) -> bool:
-    return path.name.lower().startswith(_OURS)
-
-
-def _lies_in_held_out(file: Path, folder: Path) -> bool:
-    return any(is_held_out(part) for part in Path(os.path.relpath(file, folder)).parts[:-1])
+def _is_ours(file: str) -> bool:
+    return file.rpartition(os.sep)[2].lower().startswith(_OURS)
 
 
 def _warn(text: str) -> None:

@@ -113,7 +113,7 @@ def inside(folder: Path) -> list[Path]:
         PowersteerError: It cannot be read.
     """
     try:
-        return sorted(path for path in folder.iterdir() if not is_hidden(path.name))
+        return [folder / name for name in sorted(os.listdir(folder)) if not is_hidden(name)]  # noqa: PTH208
     except (OSError, ValueError) as error:
         raise PowersteerError(f"{folder} cannot be read: {reason_of(error)}") from None
 
@@ -143,21 +143,32 @@ def _pictures_in(folder: Path, suffixes: frozenset[str], held_out: bool, above: 
             yield path
 
 
-def files_in(folder: Path, *, held_out: list[str] | None = None) -> Iterator[Path]:
+def files_in(folder: Path, *, held_out: list[str] | None = None) -> Iterator[str]:
     """All files of a folder and the folders in it, without hidden ones; links to folders are not followed.
 
     Args:
         folder: The folder.
         held_out: Where folders that by their name hold a validation or test split are noted, and passed over.
+
+    Raises:
+        PowersteerError: A folder cannot be read.
     """
-    waiting = [folder]
+    waiting = [str(folder)]
     while waiting:
-        for path in inside(waiting.pop()):
-            if not is_folder(path):
+        current = waiting.pop()
+        try:
+            with os.scandir(current) as entries:
+                found = [(one.path, one.name, one.is_dir(follow_symlinks=False), one.is_symlink()) for one in entries]
+        except (OSError, ValueError) as error:
+            raise PowersteerError(f"{current} cannot be read: {reason_of(error)}") from None
+        for path, name, is_dir, is_link in found:
+            if is_hidden(name):
+                continue
+            if not is_dir and not (is_link and is_folder(Path(path))):
                 yield path
-            elif held_out is not None and is_held_out(path.name):
-                held_out.append(str(path))
-            elif not path.is_symlink():
+            elif held_out is not None and is_held_out(name):
+                held_out.append(path)
+            elif not is_link:
                 waiting.append(path)
 
 

@@ -74,7 +74,7 @@ class Ade20k:
                 alone(str(self.root), item.name, [str(one) for one in dict.fromkeys((twin, path))])
         if not items:
             raise PowersteerError(f"{self.root / 'images'} holds no pictures")
-        files, used = sorted(files_in(self.root / "images")), set(taken.values())
+        files, used = sorted(map(Path, files_in(self.root / "images"))), set(taken.values())
         unused = [str(path.relative_to(self.root)) for path in files if path not in used]
         unused += [path.name for path in inside(self.root) if path.name not in ("images", "annotations", SCENES)]
         self.unused = {"are none of the scene parsing benchmark's": unused} if unused else {}

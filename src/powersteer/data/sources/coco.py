@@ -61,7 +61,7 @@ class Coco:
         ours = ("annotations", *PIXELMAPS, *splits.values())
         unused = [path.name for path in inside(self.root) if path.name not in ours]
         pictures = {path for folder in splits.values() for path in pictures_in(self.root / folder)}
-        files = (path for folder in splits.values() for path in sorted(files_in(self.root / folder)))
+        files = (path for folder in splits.values() for path in sorted(map(Path, files_in(self.root / folder))))
         unused += [name_of(path, self.root) for path in files if path not in pictures]
         self.unused = {"are none of COCO 2017's": unused} if unused else {}
         return items

@@ -63,7 +63,7 @@ class Folder:
         if not items:
             raise PowersteerError(f"{self.root} holds no pictures")
         self.unused = {}
-        for path in sorted(files_in(self.root)):
+        for path in sorted(map(Path, files_in(self.root))):
             if os.path.normpath(path) not in self._used:
                 self.unused.setdefault(self._why_unused(path, splits), []).append(name_of(path, self.root))
         return items
@@ -90,8 +90,8 @@ class Folder:
     def _split(self, split: Split, folder: Path, wanted: Wanted) -> list[Item]:
         is_training = split == "train"
         rows = _metadata(folder, is_training)
-        unread = (path for path in files_in(folder, held_out=[] if is_training else None) if path.name == METADATA)
-        elsewhere = next((path for path in unread if path.parent != folder), None)
+        files = map(Path, files_in(folder, held_out=[] if is_training else None))
+        elsewhere = next((path for path in files if path.name == METADATA and path.parent != folder), None)
         if elsewhere is not None:
             raise PowersteerError(f"{elsewhere} is not read: give {elsewhere.parent} as the source, or move it up")
         named = (row[column] for _, row in rows.values() for column in _BESIDE if row.get(column))
