@@ -175,17 +175,17 @@ def test_the_end_says_what_was_not_used_or_asked_in_vain(run, tmp_path):
     assert (
         "warning: 1 files of the source are no pictures, and belong to none, and were not used, such as "
         "c\\x1b[31m[bold].heic\n"
-    ) in printed
-    assert "warning: 1 pictures have no caption, such as a.jpg: train with default_prompt" in printed
-    assert "note: no picture has several captions: captions=random changes nothing" in printed
+    ) in err
+    assert "warning: 1 pictures have no caption, such as a.jpg: train with default_prompt" in err
+    assert "note: no picture has several captions: captions=random changes nothing" in err and "2 pairs" in printed
     status, printed, _ = run("prepare", "sketch", root, tmp_path / "o2", "--extractor", "canny", "--json")
     found = [(one["name"], one["count"]) for one in json.loads(printed)["findings"]]
     assert found == [("unused", 1), ("no_caption", 1)]
     (root / "a.txt").write_text("a")
     (root / "c\x1b[31m[bold].heic").unlink()
     root = root.rename(tmp_path / "test")
-    _, printed, _ = run("prepare", "sketch", root, tmp_path / "o3", "--extractor", "canny")
-    assert "warning: the source is called test, and is prepared for training all the same" in printed
+    _, _, err = run("prepare", "sketch", root, tmp_path / "o3", "--extractor", "canny")
+    assert "warning: the source is called test, and is prepared for training all the same" in err
 
 
 def test_names_that_are_no_text(tmp_path):

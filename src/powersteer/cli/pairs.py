@@ -9,7 +9,7 @@ import typer
 from rich.table import Column, Table
 
 from powersteer.cli.help import Commands
-from powersteer.cli.output import out, show, show_json, tell
+from powersteer.cli.output import err, out, show, show_json, tell
 from powersteer.errors import PowersteerError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def prepare(
     if result.rejected:
         show(f"{result.rejected} refused: see rejected.csv")
     for one in result.findings:
-        tell(one.severity, STYLES[one.severity], one.line)
+        tell(one.severity, STYLES[one.severity], one.line, err)
     if not result.complete:
         show("other parts are not done yet: the last to be done completes the data set")
 
