@@ -1,6 +1,7 @@
 """Every extractor on pictures made by hand, in our own form: ink 1 on 0."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
+from safetensors.torch import load_file, save_file
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from powersteer import PowersteerError
@@ -169,6 +171,8 @@ def controlnet_aux(monkeypatch):
         def from_pretrained(cls, weights):
             if weights == "nowhere":
                 raise OSError("no such weights")
+            if weights == "broken":
+                raise RuntimeError("Error(s) in loading state_dict:\n\tsize mismatch")
             calls.append(weights)
             return cls()
 
@@ -212,6 +216,12 @@ def test_what_controlnet_aux_has_not(controlnet_aux, scene):
         build("depth", "zoe")(Subject(scene))
     with pytest.raises(PowersteerError, match="cannot load the weights 'nowhere' of MidasDetector: no such weights"):
         build("depth", "midas", weights="nowhere")(Subject(scene))
+    with pytest.raises(
+        PowersteerError, match=r"'broken' of MidasDetector: Error\(s\) in loading state_dict: size mism"
+    ):
+        build("depth", "midas", weights="broken")(Subject(scene))
+    with pytest.raises(PowersteerError, match="depth midas: 'resolution': Input should be less than"):
+        build("depth", "midas", resolution=10**9)
 
 
 def test_label_maps_in_their_colours(scene):
@@ -253,6 +263,38 @@ def test_a_segmentation_model_of_transformers(segmenter, scene, tmp_path):
         build("segmentation", "model", model=str(segmenter), palette="ade20k").record()
     with pytest.raises(PowersteerError, match="is no semantic segmentation model"):
         build("segmentation", "model", model=str(tmp_path))(Subject(scene))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda f: change(f, lambda t: t.pop("decode_head.classifier.weight")), "lacks the weights decode_head.class"),
+        (lambda f: change(f, lambda t: t["decode_head.classifier.bias"].fill_(torch.nan)), "infinite or no numbers"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 50), "is truncated or no checkpoint"),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), "is not JSON"),
+        (lambda f: settings(f / "config.json", hidden_sizes=[10**6] * 4), "weights, the files hold"),
+        (lambda f: settings(f / "config.json", auto_map={"AutoConfig": "code.Mine"}, model_type="mine"), "config.json"),
+        (lambda f: (f / "preprocessor_config.json").write_text("[" * 100_000), "is no AutoImageProcessor"),
+    ],
+)
+def test_segmentation_models_that_are_damaged(segmenter, scene, tmp_path, spoil, told):
+    """Without its weights a model would label at random; code that it brings does not run."""
+    copy = shutil.copytree(segmenter, tmp_path / "model")
+    (copy / "code.py").write_text("raise SystemExit('this ran')")
+    spoil(copy)
+    with pytest.raises(PowersteerError, match=f"'{copy}' is no semantic segmentation model") as error:
+        build("segmentation", "model", model=str(copy), device="cpu")(Subject(scene))
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def change(folder, how):
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    how(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def settings(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def test_larger_boxes_lie_behind_smaller_ones(scene):

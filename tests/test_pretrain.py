@@ -17,6 +17,7 @@ from powersteer.config import build_config, load_config
 from powersteer.pretrain import evaluate, text
 from powersteer.pretrain.clip import caption_ranks
 from powersteer.pretrain.config import PretrainConfig
+from powersteer.pretrain.fit import FitConfig, fit
 from powersteer.pretrain.icons import (
     DataConfig,
     Icon,
@@ -205,6 +206,38 @@ def test_the_tokenizer_is_the_same_each_time_and_kept(icons_dir, teacher, tmp_pa
     text.train_tokenizer(config, icons, tmp_path / "first")
     assert (tmp_path / "first" / "tokenizer.json").stat().st_mtime_ns == before
     assert len(text.train_tokenizer(text.TokenizerConfig(vocab_size=650), icons, tmp_path / "first")) <= 650
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK", {"model": 5}, {"model": {}, "optimizer": {}, "ema": {}, "step": 1}, [1]]
+)
+def test_a_damaged_checkpoint_of_a_stage_is_refused(tmp_path, content):
+    file = tmp_path / "checkpoint.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    model = torch.nn.Linear(2, 2)
+    before = model.weight.clone()
+    config = FitConfig(steps=1, batch_size=1, learning_rate=1e-3, optimizer="adamw")
+    with pytest.raises(
+        PowersteerError, match=r"checkpoint.pt is (truncated or no|of another recipe, or damaged)"
+    ) as error:
+        fit(tmp_path, config, model, None, None, seed=0, device=torch.device("cpu"))
+    assert "\n" not in str(error.value) and torch.equal(model.weight, before)
+
+
+def test_damaged_icons_are_refused(icons_dir):
+    build_icons(data_config(), icons_dir)
+    content = (icons_dir / "icons.safetensors").read_bytes()
+    listed = (icons_dir / "icons.jsonl").read_text()
+    for text_, pixels, told in (
+        (listed, content[:-5], "is truncated or no checkpoint"),
+        (listed + '{"name": 5', content, "is not JSON"),
+        (listed + '{"wings": 5}', content, "is damaged"),
+        (listed.split("\n", 1)[1], content, "remove both"),
+    ):
+        (icons_dir / "icons.jsonl").write_text(text_)
+        (icons_dir / "icons.safetensors").write_bytes(pixels)
+        with pytest.raises(PowersteerError, match=told):
+            load_icons(icons_dir)
 
 
 @pytest.mark.slow

@@ -71,7 +71,9 @@ def find_weights(folder: Path, stem: str, pickled: str | None = None) -> WeightF
                 continue
             files = _shards(index) if is_file(index) else (single,)
             for file in files:
-                _check_file(file)
+                for tensor, kind in _kinds_in(file).items():
+                    if not kind.startswith(("F", "BF")) and not tensor.endswith(_COUNTS):
+                        raise PowersteerError(f"{file}: {shown(tensor)} holds {kind}, no weights: {_AGAIN}")
             return WeightFiles(files, HALF if variant else None, suffix == ".safetensors")
     raise PowersteerError(f"{folder} lacks {stem}.safetensors")
 
@@ -86,8 +88,8 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in sorted(set(names.values())))
 
 
-def _check_file(file: Path) -> None:
-    """Refuse a file that is not there, or whose header does not fit it."""
+def _kinds_in(file: Path) -> dict[str, str]:
+    """Names and kinds of the tensors of a safetensors file; refuse one that is not there, or not all there."""
     if not is_file(file):
         raise PowersteerError(f"{file.parent} lacks {file.name}")
     try:
@@ -96,14 +98,12 @@ def _check_file(file: Path) -> None:
                 raise PowersteerError(f"{file} is a pointer of Git LFS, not the weights: run `git lfs pull` there")
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
-                kinds = {name: str(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118
-            for name, kind in kinds.items():
-                if not kind.startswith(("F", "BF")) and not name.endswith(_COUNTS):
-                    raise PowersteerError(f"{file}: {shown(name)} holds {kind}, no weights: {_AGAIN}")
+                return {name: str(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118
     except PowersteerError:
         raise
     except Exception as error:  # of the operating system, or safetensors' own
         raise PowersteerError(f"{file} is truncated or no checkpoint ({reason_of(error)})") from None
+    return {}
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -112,7 +112,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     Raises:
         PowersteerError: It cannot be read.
     """
-    _check_file(file)
+    _kinds_in(file)
     try:
         return load_file(file)
     except Exception as error:  # of the operating system, or safetensors' own
@@ -130,8 +130,11 @@ def unpickle(file: Path, device: torch.device | str = "cpu") -> Any:
             warnings.simplefilter("ignore")  # of the pickle's protocol
             return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # the unpickler meets whatever the file says
-        reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in reason:
+        told = str(error).strip()
+        reason = told.split("\n")[0][:160] or type(error).__name__
+        if "Unsupported operand" in told:  # a byte that is none of a pickle's
+            reason = "it is no file of torch.save"
+        elif isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in told:
             raise PowersteerError(
                 f"{file} holds more than tensors (code that would run on loading), so it is not opened: save its "
                 "state dict alone, or as .safetensors"
@@ -226,6 +229,9 @@ def filled(make: Callable[[], ModuleT], state: Mapping[str, torch.Tensor], where
     }
     check_found(found, where)
     check_finite(state, where)
+    whole = next((name for name, one in state.items() if not (one.is_floating_point() or name.endswith(_COUNTS))), None)
+    if whole is not None:
+        raise PowersteerError(f"{where}: {whole} holds {_kind(state[whole])}, no weights: {_AGAIN}")
     network = make()
     network.load_state_dict(state)
     return network
