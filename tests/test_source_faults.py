@@ -2,12 +2,18 @@
 
 import json
 import os
+import random
+from contextlib import suppress
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
+from conftest import draw_pairs
 from powersteer import PowersteerError
+from powersteer.conditions.palettes import Palette
+from powersteer.data.conditioning import conditioning_of
+from powersteer.data.layouts import read_rows
 from powersteer.data.prepare import PrepareConfig, prepare
 from powersteer.data.sources import find_source, json_scan
 from powersteer.data.sources.base import Wanted
@@ -424,3 +430,67 @@ def test_pictures_of_an_absurd_size_are_not_painted(tmp_path):
 def test_held_out_folders_are_those_of_the_table():
     assert "train" not in HELD_OUT and all(is_held_out(name) for name in HELD_OUT)
     assert len({name.lower() for name in HELD_OUT}) == len(HELD_OUT)
+
+
+# -- damaged at random
+
+
+def fuzzed(whole, chance):
+    content = bytearray(whole)
+    for _ in range(chance.choice([1, 1, 2, 5, 20])):
+        at = chance.randrange(len(content))
+        what = chance.random()
+        if what < 0.4:
+            content[at] = chance.randrange(256)
+        elif what < 0.6:
+            del content[at : at + chance.choice([1, 3, 30])]
+        elif what < 0.8:
+            content[at:at] = chance.choice(
+                [b"null", b"[]", b"{", b'"', b"-1", b"1e999", b"NaN", b"\xc3", rb"\ud83d", b"\n"]
+            )
+        else:
+            other = chance.randrange(len(content))
+            content[at : at + 20] = content[other : other + 20]
+        content = content or bytearray(b" ")
+    return bytes(content)
+
+
+@pytest.mark.slow
+def test_five_thousand_damaged_files_of_text_are_read_or_refused(tmp_path):
+    """A thousand each: rows to train on, rows of a source, COCO's annotations, dataset.json, a palette."""
+    pairs = draw_pairs(tmp_path / "pairs", 3)
+    folder = put(tmp_path / "folder", "0.jpg", "1.jpg")
+    rows = [
+        {"file_name": f"{i}.jpg", "text": ["a", "é"], "boxes": [{"label": "cat", "box": [1, 2, 9, 9]}]} for i in (0, 1)
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    coco = write_coco(tmp_path / "coco")
+    instances = coco / "annotations" / "instances_train2017.json"
+    (tmp_path / "palette.json").write_text(json.dumps({"sea": [0, 0, 200], "land": [0, 160, 0]}))
+    said = {"kind": "feature", "channels": 3, "range": [0, 1]}
+    (pairs / "dataset.json").write_text(json.dumps({"conditioning": said}))
+
+    def load(root, task):
+        for item in find_source(str(root)).items(Wanted(task)):
+            with suppress(PowersteerError):  # of one picture
+                item.load()
+
+    doors = {
+        pairs / "metadata.jsonl": lambda: read_rows(pairs),
+        folder / "metadata.jsonl": lambda: load(folder, "layout"),
+        instances: lambda: load(coco, "segmentation"),
+        pairs / "dataset.json": lambda: conditioning_of(str(pairs)),
+        tmp_path / "palette.json": lambda: Palette.find(str(tmp_path / "palette.json")),
+    }
+    for file, door in doors.items():
+        whole, chance, outcomes = file.read_bytes(), random.Random(0), {"read": 0, "refused": 0}
+        for _ in range(1000):
+            file.write_bytes(fuzzed(whole, chance))
+            try:
+                door()
+                outcomes["read"] += 1
+            except PowersteerError as error:
+                assert "\n" not in str(error)
+                outcomes["refused"] += 1
+        file.write_bytes(whole)
+        assert min(outcomes.values()) > 5, (file.name, outcomes)
