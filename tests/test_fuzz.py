@@ -58,7 +58,7 @@ TRIES = {
     "adapter_config": 300,
     "adapter_weights": 200,
     "checkpoint": 200,
-    "base": 15,  # and as many for each of its files
+    "base": 30,  # and as many for each of its files
 }
 """Inputs for each door."""
 
