@@ -13,6 +13,7 @@ from PIL import Image
 from conftest import draw_pairs
 from powersteer.studio.guard import Guard, refusal
 from powersteer.studio.serve import served
+from powersteer.studio.work import AS_IT_IS
 from studio_visitor import Visitor
 
 pytest.importorskip("gradio")
@@ -357,6 +358,27 @@ def test_behind_a_password_nobody_names_a_folder_of_the_server(locked_studio, tm
     assert report.startswith("**8 pairs.**")
 
 
+def test_no_file_of_the_machine_can_be_named_as_an_upload(visitor, secret):
+    forged = {"path": str(secret), "orig_name": "secret.png", "meta": {"_type": "gradio.FileData"}}
+    for name, *rest in (("reloaded",), ("look", "", ""), ("extracted", AS_IT_IS, "sketch")):
+        assert isinstance(visitor.call(name, forged, *rest), Exception)
+    for path in (secret, f"{secret.parent}/./secret.png", "/etc/hostname", Path(__file__)):
+        assert visitor.ask("GET", f"/gradio_api/file={path}").status == 403
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a" * 300 + ".png", "a" * 5000, "a\0b.png", "../../../x.png", "..", ".", "", "ä" * 300, "%2e%2e/x", "a\\..\\b"],
+)
+def test_names_of_uploads_stay_within_their_folder(visitor, name):
+    answer = visitor.upload(name, b"x")
+    assert answer.status in (200, 400, 413)
+    if answer.status == 200:
+        [path] = json.loads(answer.body)
+        assert Path(path).parent.parent.name == "gradio"
+        assert Path(path).read_bytes() == b"x"
+
+
 # Values that no page sends
 
 SLOT = ["sketch", None, 1, 0, 1]
@@ -378,7 +400,6 @@ ODD = [
     float("nan"),
     float("inf"),
 ]
-FIELDS = ("prompt", "negative", "seed", "count", "steps", "guidance", "scheduler", "compare")
 
 
 def wanted(place: int, value) -> list:
@@ -387,17 +408,19 @@ def wanted(place: int, value) -> list:
     return given
 
 
-@pytest.mark.parametrize("handler", ["generate", "sketch"])
-def test_any_value_of_any_field_is_taken_or_refused_in_words(visitor, caplog, capfd, handler):
+@pytest.mark.parametrize(
+    ("handler", "places"), [("generate", range(8)), pytest.param("sketch", range(23), marks=pytest.mark.slow)]
+)
+def test_any_value_of_any_field_is_taken_or_refused_in_words(visitor, caplog, capfd, handler, places):
     said = set()
-    for place in range(len(wanted(0, "a"))):
+    for place in places:
         for value in ODD:
             given = wanted(place, value)
             told = visitor.call(handler, *([True] if handler == "sketch" else []), *given)
             said.add(str(told) if isinstance(told, Exception) else "taken")
     assert "" not in said
     assert "None" not in said
-    assert len(said) > 20
+    assert len(said) > len(places)
     assert not [one for one in said if "went wrong" in one]
     assert not caplog.records
     assert "Traceback" not in capfd.readouterr().err
