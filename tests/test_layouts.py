@@ -185,12 +185,12 @@ def test_transparency_and_rotation(tmp_path):
     clear.putpixel((0, 0), (10, 20, 30, 255))
     clear.save(tmp_path / "clear.png")
     picture = Picture("clear.png", "image", (tmp_path / "clear.png").read_bytes)
-    assert picture.open("RGB").getpixel((3, 3)) == (255, 255, 255) and picture.open("L").getpixel((3, 3)) == 0
-    assert picture.open("RGB").getpixel((0, 0)) == (10, 20, 30)
+    assert picture.picture().getpixel((3, 3)) == (255, 255, 255) and picture.condition(1, "sketch").getpixel((3, 3)) == 0
+    assert picture.picture().getpixel((0, 0)) == (10, 20, 30)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    assert Picture("turned.jpg", "image", (tmp_path / "turned.jpg").read_bytes).open("RGB").size == (4, 8)
+    assert Picture("turned.jpg", "image", (tmp_path / "turned.jpg").read_bytes).picture().size == (4, 8)
     Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
     with pytest.raises(PowersteerError, match="save it with 8 bits a channel"):
-        Picture("deep.png", "image", (tmp_path / "deep.png").read_bytes).open("L")
+        Picture("deep.png", "image", (tmp_path / "deep.png").read_bytes).picture()

@@ -76,7 +76,7 @@ def test_training_reads_what_was_prepared(tmp_path):
     assert len(pairs) == 3 and pairs.texts == ["picture 0", "picture 1", "picture 2"]
     row = pairs.rows[0]
     assert row.image.content() == before["0.jpg"]  # copied byte for byte
-    assert row.conditioning_image.open("L").size == (32, 24)
+    assert row.conditioning_image.condition(1, "sketch").size == (32, 24)
     described = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert described["conditioning"] == {"kind": "sketch", "channels": 1, "extractor": "test-edges"}
     assert described["source"] == "folder source" and described["resolution"] is None
@@ -349,7 +349,7 @@ def test_shards_go_on_where_they_stopped(tmp_path, monkeypatch):
     rows = read_rows(tmp_path / "out" / "train")
     assert [row.text for row in rows] == [f"picture {i}" for i in range(8)]
     assert rows[6].image.content() == (source / "6.jpg").read_bytes()
-    assert rows[6].conditioning_image.open("L").size == (32, 24)
+    assert rows[6].conditioning_image.condition(1, "sketch").size == (32, 24)
 
 
 KILLED = """

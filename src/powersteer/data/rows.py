@@ -78,10 +78,6 @@ class Picture:
             raise PowersteerError(f"{self} is a feature map: give conditioning_kind=feature and conditioning_channels")
         return open_picture(self.content(), str(self))
 
-    def open(self, mode: str, paper: str | None = None) -> Image.Image:
-        """Superseded."""
-        return self.picture() if mode == "RGB" and paper is None else self.condition(len(mode), "sketch")
-
     def __str__(self) -> str:
         return f"'{self.name}' (column {self.column})"
 

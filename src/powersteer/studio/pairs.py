@@ -134,7 +134,7 @@ def look_through(folder: Path, name: str, default_prompt: str | None) -> PairsFo
     shown: list[tuple[Image.Image, str]] = []
     for row in rows[:SHOWN_PAIRS]:
         with suppress(PowersteerError):
-            pair = _side_by_side(row.conditioning_image.open("RGB"), row.image.open("RGB"))
+            pair = _side_by_side(row.conditioning_image.picture(), row.image.picture())
             shown.append((pair, row.text or default_prompt or ""))
     return PairsFound(folder, DataReport(report.facts, errors, warnings), shown)
 
