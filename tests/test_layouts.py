@@ -185,7 +185,8 @@ def test_transparency_and_rotation(tmp_path):
     clear.putpixel((0, 0), (10, 20, 30, 255))
     clear.save(tmp_path / "clear.png")
     picture = Picture("clear.png", "image", (tmp_path / "clear.png").read_bytes)
-    assert picture.picture().getpixel((3, 3)) == (255, 255, 255) and picture.condition(1, "sketch").getpixel((3, 3)) == 0
+    assert picture.picture().getpixel((3, 3)) == (255, 255, 255)
+    assert picture.condition(1, "sketch").getpixel((3, 3)) == 0
     assert picture.picture().getpixel((0, 0)) == (10, 20, 30)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter

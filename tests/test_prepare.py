@@ -455,7 +455,10 @@ def test_prepare_from_the_command_line(run, tmp_path):
         (("sketch", "SOURCE", "OUT", "--resolution", "100000"), "'resolution': Input should be less than"),
         (("sketch", "SOURCE", "OUT", "--num-shards", "100000"), "'num_shards': Input should be less than"),
         (("sketch", "n" * 300, "OUT"), "there is no folder nnn"),
-        (("sketch", "openmoji", "OUT", "--extractor", "test-edges", "--background", "red"), "openmoji is drawn on white"),
+        (
+            ("sketch", "openmoji", "OUT", "--extractor", "test-edges", "--background", "red"),
+            "openmoji is drawn on white",
+        ),
         (("sketch", "SOURCE", "OUT", "--captions", "none"), "'captions': Input should be"),
     ],
 )
