@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save
 
+from powersteer.core.digests import weights_digest
 from powersteer.core.files import reason_of
 
 ALGORITHM = 2
@@ -28,13 +28,8 @@ def key_of(*parts: Any) -> str:
 
 
 def module_digest(module: Any) -> str:
-    """Of a model's weights, their precision, and its configuration; in parallel, since a U-Net has gigabytes."""
-    digest = hashlib.sha256(settings_digest(module.config).encode())
-    tensors = sorted(module.state_dict().items())
-    with ThreadPoolExecutor() as pool:
-        for (name, tensor), content in zip(tensors, pool.map(_content, (t for _, t in tensors)), strict=True):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + content)
-    return digest.hexdigest()[:24]
+    """Of a model's weights, their precision, and its configuration."""
+    return key_of(settings_digest(module.config), weights_digest(module))
 
 
 def settings_digest(config: Any) -> str:
@@ -94,10 +89,6 @@ def sweep(cache_dir: Path) -> None:
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + _content(tensor))
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _content(tensor: torch.Tensor) -> bytes:
-    numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(numbers.data).digest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from powersteer.adapters import make_adapter
 from powersteer.base import source_of
-from powersteer.errors import PowersteerError
+from powersteer.errors import PowersteerError, PowersteerWarning
 from powersteer.model import BPSModel
 from powersteer.training.config import TrainConfig
 from powersteer.training.memory import MemoryEstimate, estimate_memory
@@ -58,6 +59,8 @@ def dry_run(config: TrainConfig, processes: int = 1) -> DryRun:
         PowersteerError: There is no such base, the resolution does not fit it, or the training pairs are held out.
     """
     check_splits(config)
+    for line in config.idle():
+        warnings.warn(line, PowersteerWarning, stacklevel=2)
     unet, vae, scheduler, text_encoders = _base_configs(config.pretrained_model_name_or_path)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     size, step = picture_size(config, unet, factor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from powersteer.adapters import Adapter, load_network
 from powersteer.base import load_base
 from powersteer.card import write_card
 from powersteer.core.console import PlainConsole
-from powersteer.data.cache import module_digest, settings_digest, tokenizer_digest
+from powersteer.core.digests import content_digest, weights_digest
 from powersteer.errors import PowersteerError
 from powersteer.training.checkpoint import check_intact, chosen_checkpoint, load_checkpoint, save_adapter, step_of
 from powersteer.training.config import TrainConfig
@@ -25,6 +26,7 @@ from powersteer.training.dry_run import dry_run, free_memory
 from powersteer.training.folder import REFIT, StillThere, held, remove, writing
 from powersteer.training.heldout import HeldOut
 from powersteer.training.loop import Place, Source, TrainState, fit
+from powersteer.training.objective import noise_schedule
 from powersteer.training.record import RECORD, Record, begun_with, check_step, write_settings
 from powersteer.training.setup import (
     base_dtype,
@@ -105,7 +107,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, still_there: StillTher
     place = Place(config.output_dir, still_there, checkpoint, {RECORD: record.as_json()})
     state, interrupted = fit(config, accelerator, pipe, network, pairs, held_out, place, steps)
     if config.refit and not interrupted:
-        interrupted = _refit(config, accelerator, pipe, all_pairs, state, place, record)
+        interrupted = _refit(config, accelerator, pipe, all_pairs, state, place, record, console)
     with writing(f"the logs in {config.output_dir}"):
         accelerator.end_training()
     if accelerator.is_main_process and not interrupted:
@@ -124,12 +126,9 @@ def _train(config: TrainConfig, accelerator: Accelerator, still_there: StillTher
 
 def _facts(config: TrainConfig, pipe: Any, network: Adapter, processes: int, steps: int) -> dict[str, Any]:
     """What settings come to, but for the data; see `powersteer.training.record.FACTS`."""
-    parts = [pipe.unet, pipe.vae, *(e for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if e)]
-    tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
-    base = [*map(module_digest, parts), *map(tokenizer_digest, tokenizers), settings_digest(pipe.scheduler.config)]
     facts: dict[str, Any] = {
-        "base": base,
-        "start": None if config.init_from is None else module_digest(network),
+        "base": _base_digests(pipe),
+        "start": None if config.init_from is None else weights_digest(network),
         "batch": config.train_batch_size * config.gradient_accumulation_steps * processes,
         "precision": precision_of(config),
         "processes": processes,
@@ -139,6 +138,21 @@ def _facts(config: TrainConfig, pipe: Any, network: Adapter, processes: int, ste
     if config.streaming:
         facts["readers"] = processes * max(1, config.dataloader_num_workers)
     return facts
+
+
+def _base_digests(pipe: Any) -> dict[str, Any]:
+    """Of the base, what a run depends on; not what another version of a library would say of it in other words."""
+    named = ("unet", "vae", "text_encoder", "text_encoder_2")
+    parts = {name: getattr(pipe, name, None) for name in named}
+    tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
+    words = json.dumps([[sorted(t.get_vocab().items()), t.model_max_length] for t in tokenizers])
+    schedule = noise_schedule(pipe)
+    return {name: weights_digest(part) for name, part in parts.items() if part is not None} | {
+        "tokenizers": content_digest(words.encode()),
+        "noise": content_digest(schedule.alphas_cumprod.numpy().tobytes()),
+        "prediction_type": schedule.config["prediction_type"],
+        "scaling_factor": pipe.vae.config.scaling_factor,
+    }
 
 
 def _agreed(config: TrainConfig, facts: dict[str, Any], steps: int, console: Console) -> tuple[Record, Path | None]:
@@ -169,10 +183,12 @@ def _refit(
     found: TrainState,
     place: Place,
     record: Record,
+    console: Console,
 ) -> bool:
     """Train on all pairs for as many updates as were best; whether that was interrupted."""
     if found.best_step == 0:
-        return False  # nothing learned was better than the prior, whose network is kept
+        console.print("nothing learned was better than the prior, whose network is kept: no refit", soft_wrap=True)
+        return False
     output_dir = config.output_dir / REFIT
     network = new_network(config, pipe).to(accelerator.device)
     accelerator.free_memory()
