@@ -149,7 +149,7 @@ def test_held_out_folders_are_never_trained_on_in_silence(source, bases):
 
 
 def test_the_folder_that_was_meant_is_named(source):
-    refused(source.parent, "holds no pairs that can be read; .*source does: give that")
+    refused(source.parent, r"holds no pairs that can be read: .*; did you mean .*source\?")
 
 
 # -- columns

@@ -101,8 +101,8 @@ def look(folder: Path, columns: Columns | None = None) -> Found:
     layout = _layout_of(folder)
     if layout is None:
         fitting = next((path for path in inside(folder) if is_folder(path) and _layout_of(path)), None)
-        hint = f"; {fitting} does: give that" if fitting else f": {HELP}"
-        raise PowersteerError(f"{folder} holds no pairs that can be read{hint}")
+        hint = f"; did you mean {fitting}?" if fitting else ""
+        raise PowersteerError(f"{folder} holds no pairs that can be read: {HELP}{hint}")
     seen = Seen()
     rows, faults = _whole(layout.rows(folder, columns, seen), str(folder), columns, seen)
     if not rows and not faults:
