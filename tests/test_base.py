@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from powersteer import PowersteerError, load_base
-from powersteer.base import embedded, load_clip
+from powersteer.base import base_configs, embedded, load_clip
 from powersteer.errors import PowersteerWarning
 from powersteer.evaluation.features import Clip
 from test_features import clip_dir  # noqa: F401
@@ -327,6 +327,20 @@ def test_a_setting_that_diffusers_leaves_out_is_told(base):
         PowersteerWarning, match=r"unet/config.json has the setting 'wings', which this diffusers does not"
     ):
         load_base(str(base))
+
+
+def test_configs_are_read_without_weights(base):
+    for file in (UNET, VAE, TEXT):
+        (base / file).unlink()
+    configs = base_configs(str(base))
+    assert set(configs) == {"unet", "vae", "text_encoder", "scheduler"}
+    assert configs["unet"]["block_out_channels"] == [16, 32] and configs["scheduler"]["num_train_timesteps"] == 1000
+    change_json(base / "vae" / "config.json", latent_channels=10**9)
+    assert "cannot read the base" in refusal(base, base_configs) and "that large" in refusal(base, base_configs)
+    (base / "unet" / "config.json").write_text("[" * 100_000)
+    assert "unet/config.json is not JSON" in refusal(base, base_configs)
+    change_json(base / "model_index.json", _class_name=5)
+    assert "names the class 5" in refusal(base, base_configs)
 
 
 def test_loading_leaves_the_libraries_as_they_were(base):

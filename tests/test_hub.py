@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from conftest import build_pipe, draw_pairs, randomise
 from powersteer import BPSModel, PowersteerError, load_adapter, load_base
 from powersteer.adapters import load_network, make_adapter
+from powersteer.base import base_configs
 from powersteer.card import MARK, model_card, write_card
 from powersteer.cli import app
 from powersteer.generate import GenerateSettings, generate, jobs_of
@@ -201,6 +202,8 @@ def test_a_base_of_the_hub_is_fetched_without_what_is_not_loaded(hub, base_dir):
     decoys = {name.replace(".safetensors", end): b"x" for name in plain for end in (".fp16.safetensors", ".bin")}
     decoys |= {"unet/code.py": b"x", "v1-5-pruned.safetensors": b"x", "safety_checker/model.safetensors": b"x"}
     hub.repos["you/base"] = files | decoys
+    assert base_configs("you/base")["unet"]["block_out_channels"] == [16, 32]
+    assert not [path for path in hub.requests if path.endswith(".safetensors")]
     pipe = load_base("you/base")
     for name, tensor in load_base(str(base_dir)).unet.state_dict().items():
         assert torch.equal(pipe.unet.state_dict()[name], tensor)

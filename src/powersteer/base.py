@@ -18,7 +18,17 @@ from powersteer.core.weights import check_sizes, filled, read_tensors, shown
 from powersteer.errors import PowersteerError
 from powersteer.hub import CONFIG, WEIGHTS, fetch, fetch_weights
 from powersteer.model import BPSModel
-from powersteer.parts import INDEX, check_tokenizer, load_model, load_parts, load_tokenizer, quiet, read_index, stems
+from powersteer.parts import (
+    INDEX,
+    SCHEDULER_CONFIG,
+    check_tokenizer,
+    load_model,
+    load_parts,
+    load_tokenizer,
+    quiet,
+    read_index,
+    stems,
+)
 from powersteer.records import check_config
 
 EMBEDDED_BASE = "powersteer-tiny"
@@ -47,20 +57,10 @@ def load_base(name_or_path: str = EMBEDDED_BASE, dtype: torch.dtype = torch.floa
     Raises:
         PowersteerError: There is no such base, or a part of it is missing, incomplete, damaged or of another base.
     """
-    source = Path(source_of(name_or_path))
     try:
-        if is_file(source):
-            raise PowersteerError(
-                "it is one file, not a folder: make one of it, once, with diffusers' "
-                f"StableDiffusionPipeline.from_single_file('{source}').save_pretrained('FOLDER') "
-                "(StableDiffusionXLPipeline for XL)"
-            )
-        if not is_folder(source):
-            source = _fetched(name_or_path)
-        if not is_file(source / INDEX):
-            raise PowersteerError(f"give '{EMBEDDED_BASE}', a folder with a {INDEX}, or a model of the Hub")
-        parts = load_parts(source, read_index(source / INDEX), dtype)
-        pipe = _assembled(source, parts)
+        folder, kinds = _folder_of_base(name_or_path, weights=True)
+        parts = load_parts(folder, kinds, dtype)
+        pipe = _assembled(folder, parts)
     except PowersteerError as error:
         raise PowersteerError(f"cannot load the base '{name_or_path}': {error}") from None
     for part in parts.values():
@@ -70,12 +70,48 @@ def load_base(name_or_path: str = EMBEDDED_BASE, dtype: torch.dtype = torch.floa
     return pipe
 
 
-def _fetched(name: str) -> Path:
-    """The folder of a base of the Hub: its parts alone, each with one set of weights, after a look at what it is."""
-    parts = read_index(fetch(name, INDEX) / INDEX)
-    networks = {part: stems(kind) for part, kind in parts.items() if issubclass(kind, torch.nn.Module)}
-    others = [f"{part}/*{suffix}" for part in parts for suffix in (".json", ".txt", ".model")]
-    return fetch_weights(name, networks, INDEX, *others)
+def base_configs(name_or_path: str) -> dict[str, dict[str, Any]]:
+    """What a base's networks and scheduler say of themselves, by part; weights are neither read nor fetched.
+
+    Args:
+        name_or_path: See `load_base`.
+
+    Raises:
+        PowersteerError: There is no such base, or a configuration is missing, or no such network's.
+    """
+    try:
+        folder, kinds = _folder_of_base(name_or_path, weights=False)
+        networks = [part for part, kind in kinds.items() if issubclass(kind, torch.nn.Module)]
+        files = {part: folder / part / CONFIG for part in networks}
+        files["scheduler"] = folder / "scheduler" / SCHEDULER_CONFIG
+        configs = {part: read_object(file) for part, file in files.items()}
+        for part in networks:
+            check_sizes(configs[part], str(files[part]))
+    except PowersteerError as error:
+        raise PowersteerError(f"cannot read the base '{name_or_path}': {error}") from None
+    return configs
+
+
+def _folder_of_base(name: str, *, weights: bool) -> tuple[Path, dict[str, type]]:
+    """Where a base lies, of the Hub once it is fetched, and its parts: a look at what it is comes before its weights."""
+    folder = Path(source_of(name))
+    if is_file(folder):
+        raise PowersteerError(
+            "it is one file, not a folder: make one of it, once, with diffusers' "
+            f"StableDiffusionPipeline.from_single_file('{folder}').save_pretrained('FOLDER') "
+            "(StableDiffusionXLPipeline for XL)"
+        )
+    remote = not is_folder(folder)
+    if remote:
+        folder = fetch(name, INDEX)
+    if not is_file(folder / INDEX):
+        raise PowersteerError(f"give '{EMBEDDED_BASE}', a folder with a {INDEX}, or a model of the Hub")
+    kinds = read_index(folder / INDEX)
+    if remote:  # its parts alone, each with one set of weights
+        networks = {part: stems(kind) for part, kind in kinds.items() if issubclass(kind, torch.nn.Module)}
+        others = [f"{part}/*{suffix}" for part in kinds for suffix in (".json", ".txt", ".model")]
+        folder = fetch_weights(name, networks, INDEX, *others) if weights else fetch(name, INDEX, *others)
+    return folder, kinds
 
 
 def _assembled(folder: Path, parts: Mapping[str, Any]) -> Any:

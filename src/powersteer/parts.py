@@ -34,6 +34,7 @@ from powersteer.records import settings_of
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
 SUPPORTED = "Stable Diffusion 1.x, 2.x or XL, its inpainting, or InstructPix2Pix"
 NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -218,7 +219,7 @@ def load_scheduler(folder: Path, kind: Any) -> Any:
     Raises:
         PowersteerError: Its configuration is missing, or no schedule follows from it.
     """
-    file = folder / "scheduler_config.json"
+    file = folder / SCHEDULER_CONFIG
     config = read_object(file)
     steps, predicted = config.get("num_train_timesteps", 1), config.get("prediction_type", PREDICTION_TYPES[0])
     if not isinstance(steps, int) or not 1 <= steps <= MOST_TIMESTEPS:
