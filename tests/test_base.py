@@ -6,15 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.utils import logging
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from powersteer import PowersteerError, load_base
 from powersteer.base import base_configs, embedded, load_clip
 from powersteer.errors import PowersteerWarning
 from powersteer.evaluation.features import Clip
+from test_docs import tiny_pipe
 from test_features import clip_dir  # noqa: F401
 
 UNET, VAE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
@@ -274,6 +285,61 @@ def test_parts_of_two_bases(base):
     for read in (8, 9):  # InstructPix2Pix, inpainting
         UNet2DConditionModel(**shape, cross_attention_dim=24, in_channels=read).save_pretrained(base / "unet")
         assert load_base(str(base)).unet.config.in_channels == read
+
+
+def test_the_bases_that_there_are(base, tmp_path):
+    """XL with its two text encoders, inpainting, InstructPix2Pix, and what comes with Stable Diffusion 1.x."""
+    tiny_pipe("xl").save_pretrained(tmp_path / "xl")
+    xl = load_base(str(tmp_path / "xl"))
+    assert type(xl) is StableDiffusionXLPipeline and not any(p.requires_grad for p in xl.text_encoder_2.parameters())
+    change_weights(tmp_path / "xl" / "text_encoder_2" / "model.safetensors", lambda tensors: tensors.popitem())
+    assert "text_encoder_2/model.safetensors lacks the weights" in refusal(tmp_path / "xl")
+    shutil.rmtree(tmp_path / "xl" / "tokenizer_2")
+    shutil.rmtree(tmp_path / "xl" / "text_encoder_2")
+    change_json(tmp_path / "xl" / "model_index.json", tokenizer_2=[None, None], text_encoder_2=[None, None])
+    assert "the text encoder gives 24 numbers a token, the U-Net reads 48" in refusal(tmp_path / "xl")
+    for kind in (StableDiffusionInpaintPipeline, StableDiffusionInstructPix2PixPipeline):
+        change_json(base / "model_index.json", _class_name=kind.__name__)
+        assert type(load_base(str(base))) is kind
+
+    change_json(base / "model_index.json", _class_name="StableDiffusionPipeline", requires_safety_checker=True)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config=vision | {"image_size": 32, "patch_size": 16}, projection_dim=8)
+    StableDiffusionSafetyChecker(config).save_pretrained(base / "safety_checker")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(base / "feature_extractor")
+    parts = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    parts["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]  # the name it had
+    change_json(base / "model_index.json", **parts)
+    pipe = load_base(str(base))
+    assert pipe.safety_checker is not None and pipe.feature_extractor.crop_size["height"] == 32
+    change_weights(base / "safety_checker" / "model.safetensors", lambda tensors: tensors.pop("concept_embeds"))
+    assert "safety_checker/model.safetensors lacks the weights concept_embeds" in refusal(base)
+
+
+def test_weights_by_the_names_that_they_had(base, base_dir):
+    """As on the Hub: Stable Diffusion 1.x's VAE has diffusers' old names of attention, its text encoder a prefix."""
+    wanted = load_base(str(base_dir))
+    was = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def old_names(tensors):
+        for name in list(tensors):
+            old = name
+            for now, before in was.items():
+                old = old.replace(f".{now}.", f".{before}.") if "mid_block.attentions" in name else old
+            tensors[old] = tensors.pop(name)
+
+    change_weights(base / VAE, old_names)
+    assert any(name.endswith("attentions.0.proj_attn.weight") for name in load_file(base / VAE))
+    change_weights(base / TEXT, lambda t: [t.update({f"text_model.{name}": t.pop(name)}) for name in list(t)])
+    pipe = load_base(str(base))
+    for part in ("vae", "text_encoder"):
+        for name, tensor in getattr(wanted, part).state_dict().items():
+            assert torch.equal(getattr(pipe, part).state_dict()[name], tensor)
+    change_weights(base / TEXT, lambda t: t.pop("text_model.encoder.layers.1.mlp.fc1.bias"))
+    assert "lacks the weights encoder.layers.1.mlp.fc1.bias" in refusal(base)
+    change_weights(base / TEXT, lambda t: t.update({"text_model.encoder.layers.1.mlp.fc1.bias": torch.ones(48)}))
+    change_weights(base / TEXT, lambda t: t.update({"text_model.encoder.layers.2.mlp.fc1.bias": torch.ones(48)}))
+    assert "does not ask for, encoder.layers.2.mlp.fc1.bias" in refusal(base)
 
 
 def test_half_precision_alone_is_loaded(base, base_dir):

@@ -125,7 +125,9 @@ class Evil:
 def test_what_are_no_weights_of_inception_is_refused(torch_fidelity, tmp_path, capsys):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
-    for name in ("evil.pth", "other.pth", "missing.pth"):
+    torch.save({"scale": torch.tensor([torch.nan])}, tmp_path / "nan.pth")
+    (tmp_path / "short.pth").write_bytes((tmp_path / "nan.pth").read_bytes()[:-200])
+    for name in ("evil.pth", "other.pth", "missing.pth", "nan.pth", "short.pth", ".", "a\0b", "x" * 5000):
         with pytest.raises(PowersteerError, match="cannot load Inception's weights"):
             Inception(tmp_path / name)
     assert "unpickled" not in capsys.readouterr().out
