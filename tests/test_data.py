@@ -102,7 +102,7 @@ def _rewrite(folder, change):
             lambda rows: rows[2].update(file_name="images/none.png"),
             r"\[2\]: '.*none.png' not found \(column file_name\)",
         ),
-        (lambda rows: rows[1].pop("text"), r"\[1\] has no caption \(no column 'text', but .*\): write one, or give default_prompt"),
+        (lambda rows: rows[1].pop("text"), r"\[1\] has no caption \(.*\): write one, or give default_prompt"),
         (lambda rows: rows[1].pop("file_name"), r"\[1\]: column 'file_name' is missing"),
         (lambda rows: rows.insert(4, "{"), r"\[4\] is not JSON: "),
         (lambda rows: rows.clear(), "has no rows"),
