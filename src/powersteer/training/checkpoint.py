@@ -99,7 +99,10 @@ def load_checkpoint(folder: Path, network: Adapter) -> Checkpoint:
         raise PowersteerError(f"{folder} is damaged ({_TENSORS}: {reason_of(error)}): it was not loaded") from None
     if not isinstance(tensors, dict) or not {"optimizer", "average", "scaler"} <= tensors.keys():
         raise PowersteerError(f"{folder} is damaged ({_TENSORS} lacks the optimizer's state): it was not loaded")
-    return Checkpoint(folder, tensors, json.loads((folder / _STATE).read_text(encoding="utf-8")))
+    state: Any = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise PowersteerError(f"{folder} is damaged ({_STATE} is no state): it was not loaded")
+    return Checkpoint(folder, tensors, state)
 
 
 def check_intact(folder: Path) -> None:

@@ -168,7 +168,7 @@ class TrainConfig(StrictConfig):
     """Half as fast again, in far less memory."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """``auto``: bf16 where the hardware multiplies it natively. The trained weights stay in float32."""
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0, le=1e38)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     lr_warmup_steps: int = Field(default=50, ge=0, le=MAX_UPDATES)
     """Counted in optimizer updates."""

@@ -24,8 +24,6 @@ from powersteer.training.loop import PROBE, Source
 from powersteer.training.setup import columns_of, conditioning, picture_size, precision_of, read_pairs
 
 MIN_HELD_OUT = 4
-_PLAIN_LAYOUTS = ("images", "target")
-"""What the columns of pictures are called in layouts whose columns have fixed names."""
 _SHOWN = 60
 """Characters of a caption that is named."""
 
@@ -88,7 +86,7 @@ class RunData:
         }
 
     def tell(self) -> None:
-        """Say what of the captions and settings has no effect on these pairs."""
+        """Say which captions the text encoder cuts."""
         tokenizers = [self.pipe.tokenizer, getattr(self.pipe, "tokenizer_2", None)]
         cut = cut_captions(tokenizers, self._captions())
         if cut:
@@ -99,13 +97,6 @@ class RunData:
                 f"which is cut off: {len(cut)}; one has {tokens}: '{shown}'",
                 soft_wrap=True,
             )
-        layout = self.train.rows[0].image.column
-        columns = ["image_column", "conditioning_image_column", "caption_column"]
-        columns += ["generated_caption_column"] if layout == _PLAIN_LAYOUTS[0] else []
-        if layout in _PLAIN_LAYOUTS and layout != self.config.image_column:
-            for key in self.config.asked(*columns):
-                value = getattr(self.config, key)
-                self.console.print(f"{key}={value} has no effect: these pairs' layout has no columns", soft_wrap=True)
 
     def encode(self) -> tuple[Source, EncodedPairs | None, Source]:
         """What to train on, what to hold out, and both together.

@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from powersteer.adapters import make_adapter
 from powersteer.base import source_of
+from powersteer.core.files import reason_of
 from powersteer.errors import PowersteerError, PowersteerWarning
 from powersteer.model import BPSModel
 from powersteer.training.config import TrainConfig
@@ -68,12 +69,15 @@ def dry_run(config: TrainConfig, processes: int = 1) -> DryRun:
     precision, device_type = precision_of(config), "cuda" if torch.cuda.is_available() else "cpu"
     network = network_arguments(config, scheduler.get("prediction_type", "epsilon"), factor)
     with torch.device("meta"):
-        frozen: Any = UNet2DConditionModel.from_config(unet)
+        try:
+            frozen: Any = UNet2DConditionModel.from_config(unet)
+            others: list[Any] = [AutoencoderKL.from_config(vae), *(kind(encoder) for kind, encoder in text_encoders)]
+        except Exception as error:  # diffusers and transformers raise whatever settings make them meet
+            raise _unreadable(config.pretrained_model_name_or_path, error) from None
         try:
             model = make_adapter(frozen, **network)
         except ValueError as error:
             raise PowersteerError(f"'weights': {error}") from None
-        others: list[Any] = [AutoencoderKL.from_config(vae), *(kind(encoder) for kind, encoder in text_encoders)]
     pairs: int | None = None
     if config.max_train_steps is None:
         folder = None if config.train_data_dir is None else Path(config.train_data_dir)
@@ -139,7 +143,10 @@ def _base_configs(name_or_path: str) -> tuple[dict[str, Any], dict[str, Any], di
         if unet.get("addition_embed_type") == "text_time":
             second = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder_2")
             text.append((CLIPTextModelWithProjection, second))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PowersteerError(f"cannot read the base '{name_or_path}': {reason}") from None
+    except Exception as error:  # as above
+        raise _unreadable(name_or_path, error) from None
     return unet, vae, scheduler, text
+
+
+def _unreadable(name: str, error: Exception) -> PowersteerError:
+    return PowersteerError(f"cannot read the base '{name}': {reason_of(error)}")

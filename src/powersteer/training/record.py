@@ -185,9 +185,8 @@ def begun_with(output_dir: Path, checkpoint: Path | None) -> Record | None:
         PowersteerError: What is there is not a run's, and would be written over; or a record is damaged.
     """
     record = Record.read(output_dir)
-    kept = None if checkpoint is None else Record.read(checkpoint)
-    if kept is not None:
-        return replace(kept, refitted=None if record is None else record.refitted)
+    if record is None and checkpoint is not None and (kept := Record.read(checkpoint)) is not None:
+        return replace(kept, refitted=None)
     learned = bool(list_checkpoints(output_dir)) or _logged_step(output_dir / LOG) > 0
     if record is not None:
         return record if learned else None

@@ -30,6 +30,7 @@ from powersteer.training.objective import noise_schedule
 from powersteer.training.record import RECORD, Record, begun_with, check_step, write_settings
 from powersteer.training.setup import (
     base_dtype,
+    check_base,
     check_splits,
     make_accelerator,
     new_network,
@@ -79,6 +80,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, still_there: StillTher
     for line in config.idle():
         console.print(line, soft_wrap=True)
     pipe = load_base(config.pretrained_model_name_or_path)
+    check_base(pipe)
     network = new_network(config, pipe)
     data = RunData(config, pipe, console)
     steps = update_count(config, data.count, accelerator.num_processes)
@@ -167,7 +169,10 @@ def _agreed(config: TrainConfig, facts: dict[str, Any], steps: int, console: Con
     begun, now = begun_with(config.output_dir, chosen), Record.of(config, facts)
     if begun is None:
         return now, chosen
-    record = begun.continued(now, 0 if chosen is None else step_of(chosen), config.output_dir)
+    step = 0 if chosen is None else step_of(chosen)
+    record = begun.continued(now, step, config.output_dir)
+    if chosen is not None and (kept := Record.read(chosen)) is not None:
+        kept.continued(now, step, config.output_dir)  # it may have been put here from another run
     check_step(config.output_dir, chosen, steps)
     for change in record.changes[len(begun.changes) :]:
         told = ", ".join(f"{key} {both[1]} (was {both[0]})" for key, both in change.items() if key != "step")

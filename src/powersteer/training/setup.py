@@ -198,6 +198,20 @@ def update_count(config: TrainConfig, pairs: int, processes: int) -> int:
     return -(-pairs // batch) * (config.num_train_epochs or 1)
 
 
+def check_base(pipe: Any) -> None:
+    """Refuse a base that does not denoise latents alone.
+
+    Raises:
+        PowersteerError: Its U-Net reads more, as an inpainting base's does.
+    """
+    reads, given = pipe.unet.config["in_channels"], pipe.vae.config["latent_channels"]
+    if reads != given:
+        raise PowersteerError(
+            f"the base's U-Net reads {reads} channels, its latents have {given}: to train on, give a plain "
+            "text-to-image base, not one for inpainting or editing"
+        )
+
+
 def check_splits(config: TrainConfig) -> None:
     """Refuse to train on what is held out.
 
