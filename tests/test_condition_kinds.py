@@ -301,7 +301,9 @@ def test_training_and_generating_with_colour_and_structure(config, base_dir, sty
 
 def test_starting_from_another_adapter(config, base_dir, styled_dir, tmp_path):
     unet = load_base(str(base_dir)).unet
-    BPSModel.from_unet(unet, pixel_unshuffle=4, conditioning={"kind": "sketch"}).save_pretrained(tmp_path / "grey")
+    BPSModel.from_unet(unet, pixel_unshuffle=4, weights="uniform", conditioning={"kind": "sketch"}).save_pretrained(
+        tmp_path / "grey"
+    )
     config = config.model_copy(update={"init_from": str(tmp_path / "grey")})
     pipe = load_base(str(base_dir))
     assert new_network(config, pipe).config["conditioning"] == {"kind": "sketch"}
