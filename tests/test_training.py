@@ -17,6 +17,7 @@ from powersteer.base import load_adapter
 from powersteer.data.encode import Encoder, encode_pairs
 from powersteer.data.order import batches
 from powersteer.data.pairs import Pairs
+from powersteer.errors import NonFiniteError
 from powersteer.training import loop
 from powersteer.training.checkpoint import list_checkpoints
 from powersteer.training.heldout import Gap, HeldOut
@@ -360,3 +361,13 @@ def test_pairs_of_several_sizes_train_in_buckets(config, tmp_path):
     assert result.step == 8
     pairs = Pairs(folder, (32, 32), buckets=[(24, 40), (32, 32)])
     assert pairs.sizes == [(24, 40)] * 4 + [(32, 32)] * 4
+
+
+def test_pictures_that_are_not_finite_are_said_and_the_run_goes_on(config, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise NonFiniteError("the pictures are not finite numbers")
+
+    monkeypatch.setattr("powersteer.training.monitor.steered_pictures", broken)
+    result = train(config.model_copy(update={"num_validation_images": 2, "max_train_steps": 2}))
+    assert result.step == 2 and not (config.output_dir / "validation").exists()
+    assert "step 0: no pictures, the pictures are not finite numbers" in " ".join(capsys.readouterr().err.split())

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,9 @@ from powersteer.adapters import Adapter, attach
 from powersteer.core.console import PlainColumn, PlainConsole
 from powersteer.core.files import write_whole
 from powersteer.core.text import json_lines, parse_object, read_text
-from powersteer.data.encode import conditions_of
+from powersteer.data.encode import Sample, conditions_of
 from powersteer.data.pairs import spread
-from powersteer.errors import PowersteerError
+from powersteer.errors import NonFiniteError, PowersteerError
 from powersteer.generate import steered_pictures
 from powersteer.pictures import condition_picture, save_grid, to_pil
 from powersteer.training.folder import writing
@@ -193,22 +193,15 @@ class Monitor:
         chosen = [i for i, other in enumerate(pairs.pairs.sizes) if other == size]
         chosen = [chosen[i] for i in spread(len(chosen), count)]
         samples = [pairs[i, 0] for i in chosen]
-        conditions, factor = conditions_of(samples), pipe.vae.config.scaling_factor
+        conditions = conditions_of(samples)
         network.eval()
-        with torch.no_grad():
-            with self.autocast(), attach(pipe.unet, network, conditions):
-                latents = steered_pictures(
-                    pipe,
-                    None,
-                    [sample.texts[0] for sample in samples],
-                    None,
-                    seeds=chosen,
-                    height=size[0],
-                    width=size[1],
-                    output_type="latent",
-                )
-            made = pipe.vae.decode(torch.as_tensor(latents).to(pipe.vae.dtype) / factor).sample.float().cpu()
-        network.train()
+        try:
+            made = self._made(pipe, network, conditions, samples, chosen, size)
+        except NonFiniteError as error:  # the run's own loss says whether it may go on
+            self.say(f"step {step}: no pictures, {error}")
+            return
+        finally:
+            network.train()
         targets = [pairs.pairs.view(i, 0)[0] for i in chosen]
         sheet = [
             picture
@@ -224,6 +217,38 @@ class Monitor:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             with writing(f"the logs of {tracker.name}"):
                 tracker.log_images({"generated": images}, step=step, **layout)
+
+    def _made(
+        self,
+        pipe: Any,
+        network: Adapter,
+        conditions: torch.Tensor,
+        samples: Sequence[Sample],
+        seeds: Sequence[int],
+        size: tuple[int, int],
+    ) -> torch.Tensor:
+        """Pictures (N, 3, H, W) in [-1, 1] under conditions (N, C, H, W).
+
+        Raises:
+            NonFiniteError: They are not finite.
+        """
+        with torch.no_grad():
+            with self.autocast(), attach(pipe.unet, network, conditions):
+                latents = steered_pictures(
+                    pipe,
+                    None,
+                    [sample.texts[0] for sample in samples],
+                    None,
+                    seeds=seeds,
+                    height=size[0],
+                    width=size[1],
+                    output_type="latent",
+                )
+            scaled = torch.as_tensor(latents).to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
+            made = pipe.vae.decode(scaled).sample.float().cpu()
+        if not bool(made.isfinite().all()):
+            raise NonFiniteError(f"the VAE's are not finite numbers in {str(pipe.vae.dtype).removeprefix('torch.')}")
+        return made
 
 
 def memory_used(device: torch.device) -> int:
