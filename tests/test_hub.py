@@ -254,7 +254,7 @@ def test_a_repository_whose_files_lead_out_of_it(hub, adapter, tmp_path, path):
         load_adapter("you/tiny")
     except PowersteerError as error:
         assert "\n" not in str(error)
-    outside = [place for place in tmp_path.parent.rglob("out*") if "hub-cache" not in place.parts]
+    outside = [place for place in tmp_path.parent.rglob("*out.json*") if "snapshots" not in place.parts]
     assert not outside and not Path("/tmp/out.json").exists()
 
 
