@@ -93,7 +93,7 @@ def base_configs(name_or_path: str) -> dict[str, dict[str, Any]]:
 
 
 def _folder_of_base(name: str, *, weights: bool) -> tuple[Path, dict[str, type]]:
-    """Where a base lies, of the Hub once it is fetched, and its parts: a look at what it is comes before its weights."""
+    """Where a base lies, of the Hub once fetched, and its parts: a look at what it is comes before its weights."""
     folder = Path(source_of(name))
     if is_file(folder):
         raise PowersteerError(
