@@ -13,6 +13,7 @@ from pydantic import Field
 from powersteer.base import source_of
 from powersteer.conditions.extractor import EXTRACTORS, Extractor
 from powersteer.config import StrictConfig
+from powersteer.core.files import is_file
 from powersteer.evaluation.distribution import few_pictures, frechet_distance, kernel_distance
 from powersteer.evaluation.features import Clip, FeatureExtractor, FeatureName, load_features
 from powersteer.evaluation.fidelity import (
@@ -51,7 +52,7 @@ class MeasureSettings(StrictConfig):
 
 def load_clip_of(settings: MeasureSettings, base: str) -> Clip | None:
     """The CLIP that was asked for, or the base's own, if it has one."""
-    if settings.clip is None and not (Path(source_of(base)) / "clip" / "config.json").exists():
+    if settings.clip is None and not is_file(Path(source_of(base)) / "clip" / "config.json"):
         return None
     return Clip.load(settings.clip or base)
 
