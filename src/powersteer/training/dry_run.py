@@ -9,11 +9,11 @@ from typing import Any
 
 import psutil
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from powersteer.adapters import make_adapter
-from powersteer.base import source_of
+from powersteer.base import base_configs
 from powersteer.core.files import reason_of
 from powersteer.errors import PowersteerError, PowersteerWarning
 from powersteer.model import BPSModel
@@ -129,20 +129,12 @@ def free_memory() -> int:
 
 def _base_configs(name_or_path: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]:
     """Configurations of U-Net, VAE, scheduler and text encoders."""
-    source = source_of(name_or_path)
-    kinds: tuple[Any, ...] = (UNet2DConditionModel, AutoencoderKL, DDPMScheduler)
-    folders = ("unet", "vae", "scheduler")
+    configs = base_configs(name_or_path)
+    unet, vae, scheduler = (configs[part] for part in ("unet", "vae", "scheduler"))
     try:
-        parts: list[dict[str, Any]] = [
-            kind.load_config(source, subfolder=folder) for kind, folder in zip(kinds, folders, strict=True)
-        ]
-        unet, vae, scheduler = parts
-        text: list[tuple[Any, Any]] = [
-            (CLIPTextModel, CLIPTextConfig.from_pretrained(source, subfolder="text_encoder"))
-        ]
+        text: list[tuple[Any, Any]] = [(CLIPTextModel, CLIPTextConfig.from_dict(configs["text_encoder"]))]
         if unet.get("addition_embed_type") == "text_time":
-            second = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder_2")
-            text.append((CLIPTextModelWithProjection, second))
+            text.append((CLIPTextModelWithProjection, CLIPTextConfig.from_dict(configs["text_encoder_2"])))
     except Exception as error:  # as above
         raise _unreadable(name_or_path, error) from None
     return unet, vae, scheduler, text
