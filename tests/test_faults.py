@@ -1,16 +1,21 @@
 """Real processes that are killed, stopped, out of room, or several."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -142,6 +147,115 @@ def test_a_disk_without_room_is_one_line_and_the_checkpoint_before_stays(config)
     assert "cannot write" in lines[0]
     assert bit_equal(before[:3], final(config)[:3]) and not list(config.output_dir.glob(".checkpoint*"))
     assert powersteer(config).returncode == 0 and list_checkpoints(config.output_dir)[-1].name == "checkpoint-8"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_wherever_it_is_met(config, small_disk, tmp_path):
+    change = {"max_train_steps": 2, "validation_steps": 2, "checkpointing_steps": 2, "cache_dir": None}
+    change |= {"num_validation_images": 2, "validation_image_steps": 2, "report_to": "tensorboard"}
+    whole = config.model_copy(update={**change, "max_train_steps": 4, "output_dir": tmp_path / "whole"})
+    assert powersteer(whole, "max_train_steps=2").returncode == powersteer(whole).returncode == 0
+    run = config.model_copy(update={**change, "output_dir": small_disk / "run"})
+    args = [sys.executable, "-m", "powersteer.train", *command(run)]
+    args[3] = shutil.move(args[3], tmp_path / "run.yaml")
+    filler, met = small_disk / "filler", []
+
+    def trained(*overrides):
+        return subprocess.run([*args, *overrides], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+
+    def filled(leave, *overrides):
+        room = os.statvfs(small_disk)
+        filler.write_bytes(bytes(max(0, room.f_bavail * room.f_bsize - leave)))
+        done = trained(*overrides)
+        filler.unlink()
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+        assert "No space left on device" in lines[0] and "cannot write" in lines[0], lines[0]
+        met.append(lines[0])
+
+    filled(0)
+    assert trained().returncode == 0
+    before = final(run)
+    for leave in (0, 4096, 8192, 32768, 1_000_000, 2_000_000, 2_500_000, 3_000_000):
+        filled(leave, "max_train_steps=4")
+        assert bit_equal(before[:3], final(run)[:3])
+    print("\n".join(met))
+    assert trained("max_train_steps=4").returncode == 0
+    assert all(bit_equal(one, other) for one, other in zip(final(whole), final(run), strict=True))
+
+
+def started(config, *overrides):
+    """A run that trains on and on, and has a checkpoint."""
+    command_ = [sys.executable, "-m", "powersteer.train", *command(config, "max_train_steps=100000", *overrides)]
+    process = subprocess.Popen(command_, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(config.output_dir) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return process
+
+
+def test_a_killed_run_leaves_no_lock_and_a_running_one_is_not_disturbed(config):
+    first = started(config, "dataloader_num_workers=2", "checkpointing_steps=1")
+    second = powersteer(config, "max_train_steps=100000", "dataloader_num_workers=2", "checkpointing_steps=1")
+    assert second.returncode == 2 and "another training is at work in" in second.stderr, second.stderr
+    assert first.poll() is None
+    first.kill()  # its data workers go on for a moment
+    third = powersteer(config, "max_train_minutes=0.01", "max_train_steps=100000", "checkpointing_steps=1")
+    first.communicate(timeout=60)
+    assert third.returncode == 0 and "Traceback" not in third.stderr, third.stderr
+
+
+def test_a_killed_data_worker_is_one_line(config):
+    process = started(config, "dataloader_num_workers=2", "checkpointing_steps=1")
+    workers = psutil.Process(process.pid).children(recursive=True)
+    data = [one for one in workers if "resource_tracker" not in " ".join(one.cmdline())]
+    data[0].kill()
+    _, err = process.communicate(timeout=120)
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in err, err
+    assert "a data worker was ended from outside" in lines[0] and "fewer dataloader_num_workers" in lines[0]
+    step = int(list_checkpoints(config.output_dir)[-1].name.rpartition("-")[2])
+    assert powersteer(config, f"max_train_steps={step + 2}", "dataloader_num_workers=0").returncode == 0
+
+
+def test_a_terminal_that_closes_saves(config):
+    args = [sys.executable, "-m", "powersteer.train", *command(config, "max_train_steps=100000")]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(sys.executable, args, ENVIRONMENT)
+    drain = threading.Thread(target=_drained, args=(terminal,), daemon=True)
+    drain.start()
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(config.output_dir) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    before = list_checkpoints(config.output_dir)[-1].name
+    os.kill(child, signal.SIGSTOP)  # so that it cannot come to a checkpoint by itself
+    time.sleep(0.2)
+    os.kill(child, signal.SIGHUP)
+    os.close(terminal)
+    os.kill(child, signal.SIGCONT)
+    _, status = os.waitpid(child, 0)
+    last = list_checkpoints(config.output_dir)[-1].name
+    assert os.WIFEXITED(status) and last != before, status
+    done = powersteer(config, f"max_train_steps={int(last.rpartition('-')[2]) + 1}")
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def _drained(terminal):
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
 
 
 def two_processes(config, *overrides, launched=("-m", "powersteer.train"), environment=None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -63,8 +64,7 @@ def save_checkpoint(
     finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in state.items()}
     try:
         _save_network(network, partial)
-        with (partial / _TENSORS).open("wb") as file:  # given a path, torch would hide why it cannot write
-            torch.save(tensors, file)
+        _save_tensors(tensors, partial / _TENSORS)
         for name, content in {_STATE: finite, **(others or {})}.items():
             (partial / name).write_text(json.dumps(content), encoding="utf-8")
         digests = {file.name: _digest(file) for file in sorted(partial.iterdir())}
@@ -208,6 +208,30 @@ def save_adapter(output_dir: Path, network: Adapter) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:
         remove(partial)
         raise PowersteerError(f"cannot write the weights to {output_dir}: {full_reason(error)}") from None
+
+
+class _Writer(io.BufferedWriter):
+    """Remembers why it could not write, which `torch.save` hides."""
+
+    fault: OSError | None = None
+
+    def write(self, content: Any, /) -> int:
+        """See `io.BufferedWriter.write`."""
+        try:
+            return super().write(content)
+        except OSError as error:
+            self.fault = error
+            raise
+
+
+def _save_tensors(tensors: dict[str, Any], path: Path) -> None:
+    with _Writer(io.FileIO(path, "w")) as file:
+        try:
+            torch.save(tensors, file)
+        except RuntimeError:
+            if file.fault is not None:
+                raise file.fault from None
+            raise
 
 
 def _save_network(network: Adapter, folder: Path) -> None:

@@ -371,7 +371,8 @@ def _stop_on_signal() -> Generator[threading.Event]:
     def request_stop(*_: Any) -> None:
         stop.set()
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # A terminal that closes says so twice: itself, and by the shell in it.
+            signal.signal(number, signal.SIG_IGN if number == hangup else handler)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     hangup = getattr(signal, "SIGHUP", None)  # not on Windows

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from powersteer.core.files import write_whole
+from powersteer.core.files import read_bytes, write_whole
 from powersteer.core.text import json_lines, parse_json, parse_yaml, read_object, read_text
 from powersteer.errors import PowersteerError
 from powersteer.training.checkpoint import list_checkpoints, step_of
@@ -101,7 +101,7 @@ class Record:
         Raises:
             PowersteerError: It cannot be written.
         """
-        write_whole(folder / RECORD, (json.dumps(self.as_json(), indent=2) + "\n").encode())
+        _write(folder / RECORD, json.dumps(self.as_json(), indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Record | None:
@@ -211,7 +211,13 @@ def write_settings(config: TrainConfig, output_dir: Path) -> None:
     Raises:
         PowersteerError: It cannot be written.
     """
-    write_whole(output_dir / SETTINGS, yaml.safe_dump(settings_of(config), sort_keys=False).encode())
+    _write(output_dir / SETTINGS, yaml.safe_dump(settings_of(config), sort_keys=False))
+
+
+def _write(path: Path, text: str) -> None:
+    """Unless it says so already: a finished run that is asked for again writes nothing."""
+    if not path.exists() or read_bytes(path) != text.encode():
+        write_whole(path, text.encode())
 
 
 def check_step(output_dir: Path, checkpoint: Path | None, last_step: int) -> None:
