@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save
 
-from powersteer.core.digests import weights_digest
 from powersteer.core.files import reason_of
 
 ALGORITHM = 2
@@ -30,6 +30,14 @@ def key_of(*parts: Any) -> str:
 def module_digest(module: Any) -> str:
     """Of a model's weights, their precision, and its configuration."""
     return key_of(settings_digest(module.config), weights_digest(module))
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """Of a model's weights; on all cores, since a U-Net has gigabytes (about two seconds each, a core)."""
+    tensors = sorted(module.state_dict().items())
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(_digest, [{name: tensor} for name, tensor in tensors])
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def settings_digest(config: Any) -> str:
@@ -90,5 +98,5 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

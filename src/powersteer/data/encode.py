@@ -254,7 +254,7 @@ def encode_pairs(
 
     A file of the cache is named after what it depends on: the pictures' bytes, size and views, or the captions; the
     weights and configurations that encoded them, tokenizers included; the precision. Every file carries a digest and is
-    read once, from end to end, before it is used (a second a gigabyte or two); a damaged one is made again. Several
+    read once, from end to end, before it is used (some three seconds a gigabyte); a damaged one is made again. Several
     processes share one cache, each encodes what no other is at.
 
     Args:
