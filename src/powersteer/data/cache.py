@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save
 
+from powersteer.core.digests import tensors_digest, weights_digest
 from powersteer.core.files import reason_of
 
 ALGORITHM = 2
@@ -30,14 +30,6 @@ def key_of(*parts: Any) -> str:
 def module_digest(module: Any) -> str:
     """Of a model's weights, their precision, and its configuration."""
     return key_of(settings_digest(module.config), weights_digest(module))
-
-
-def weights_digest(module: torch.nn.Module) -> str:
-    """Of a model's weights; on all cores, since a U-Net has gigabytes (about two seconds each, a core)."""
-    tensors = sorted(module.state_dict().items())
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(_digest, [{name: tensor} for name, tensor in tensors])
-        return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def settings_digest(config: Any) -> str:
@@ -67,7 +59,7 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
         OSError: It cannot be written.
     """
     partial = file.with_suffix(".partial")
-    partial.write_bytes(save(tensors, {_DIGEST: _digest(tensors)}))
+    partial.write_bytes(save(tensors, {_DIGEST: tensors_digest(tensors)}))
     partial.replace(file)
 
 
@@ -76,7 +68,7 @@ def fault_of(file: Path) -> str | None:
     try:
         with safe_open(file, "pt") as opened:
             wanted = (opened.metadata() or {}).get(_DIGEST)
-            found = _digest({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+            found = tensors_digest({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
     except FileNotFoundError:
         return "it is missing"
     except Exception as error:  # whatever safetensors meets in a damaged file
@@ -92,11 +84,3 @@ def sweep(cache_dir: Path) -> None:
                 partial.unlink(missing_ok=True)
         except Timeout:
             continue
-
-
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -17,8 +17,7 @@ from powersteer.adapters import Adapter, load_network
 from powersteer.base import load_base
 from powersteer.card import write_card
 from powersteer.core.console import PlainConsole
-from powersteer.core.digests import content_digest
-from powersteer.data.cache import weights_digest
+from powersteer.core.digests import content_digest, weights_digest
 from powersteer.errors import PowersteerError
 from powersteer.training.checkpoint import check_intact, chosen_checkpoint, load_checkpoint, save_adapter, step_of
 from powersteer.training.config import TrainConfig
