@@ -233,6 +233,7 @@ def test_a_terminal_that_closes_saves(config):
     args = [sys.executable, "-m", "powersteer.train", *command(config, "max_train_steps=100000")]
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have it ignored
         os.execve(sys.executable, args, ENVIRONMENT)
     drain = threading.Thread(target=_drained, args=(terminal,), daemon=True)
     drain.start()
@@ -245,11 +246,24 @@ def test_a_terminal_that_closes_saves(config):
     os.kill(child, signal.SIGHUP)
     os.close(terminal)
     os.kill(child, signal.SIGCONT)
-    _, status = os.waitpid(child, 0)
+    status = ended(child)
     last = list_checkpoints(config.output_dir)[-1].name
     assert os.WIFEXITED(status) and last != before, status
     done = powersteer(config, f"max_train_steps={int(last.rpartition('-')[2]) + 1}")
     assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def ended(child, seconds=120):
+    """The wait status of a process that is to end by itself."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid == child:
+            return status
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return pytest.fail(f"it goes on after {seconds} seconds")
 
 
 def _drained(terminal):
