@@ -73,7 +73,7 @@ def save_checkpoint(
         _discard(final)
         partial.replace(final)
         _sync_folder(output_dir)
-    except (OSError, RuntimeError, SafetensorError) as error:  # safetensors has its own for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         remove(partial)
         raise PowersteerError(
             f"cannot write {final}: {full_reason(error)}; earlier checkpoints are untouched"
@@ -205,7 +205,7 @@ def save_adapter(output_dir: Path, network: Adapter) -> None:
         for file in partial.iterdir():
             file.replace(output_dir / file.name)
         partial.rmdir()
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         remove(partial)
         raise PowersteerError(f"cannot write the weights to {output_dir}: {full_reason(error)}") from None
 
