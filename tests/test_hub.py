@@ -245,7 +245,7 @@ def test_a_baseline_of_the_hub(hub, pipe, tmp_path):
         load_adapter("you/t2i")
 
 
-@pytest.mark.parametrize("path", ["../../../out.json", "/tmp/out.json", "a/../../../../../out.json", "a\0b.json"])
+@pytest.mark.parametrize("path", ["../../../escaped.json", "/tmp/escaped.json", "a/../../../../../escaped.json", "a\0b.json"])
 def test_a_repository_whose_files_lead_out_of_it(hub, adapter, tmp_path, path):
     """What is fetched stays in the cache; of what is asked for nothing is missing."""
     adapter.push_to_hub("you/tiny")
@@ -254,8 +254,8 @@ def test_a_repository_whose_files_lead_out_of_it(hub, adapter, tmp_path, path):
         load_adapter("you/tiny")
     except PowersteerError as error:
         assert "\n" not in str(error)
-    outside = [place for place in tmp_path.parent.rglob("*out.json*") if "snapshots" not in place.parts]
-    assert not outside and not Path("/tmp/out.json").exists()
+    outside = [place for place in tmp_path.parent.rglob("*escaped.json*") if "snapshots" not in place.parts]
+    assert not outside and not Path("/tmp/escaped.json").exists()
 
 
 def test_errors_of_the_hub_are_plain(hub, adapter, monkeypatch, tmp_path):
