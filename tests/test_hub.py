@@ -245,7 +245,9 @@ def test_a_baseline_of_the_hub(hub, pipe, tmp_path):
         load_adapter("you/t2i")
 
 
-@pytest.mark.parametrize("path", ["../../../escaped.json", "/tmp/escaped.json", "a/../../../../../escaped.json", "a\0b.json"])
+@pytest.mark.parametrize(
+    "path", ["../../../escaped.json", "/tmp/escaped.json", "a/../../../../../escaped.json", "a\0b.json"]
+)
 def test_a_repository_whose_files_lead_out_of_it(hub, adapter, tmp_path, path):
     """What is fetched stays in the cache; of what is asked for nothing is missing."""
     adapter.push_to_hub("you/tiny")
