@@ -354,7 +354,9 @@ def test_shared_out_over_two_processes_it_trains_the_same_and_goes_on_in_one(hal
     here = [int(count) for count in re.findall(rf"DistributedType.{kind.upper()}: (\d+) numbers here", done.stdout)]
     assert len(here) == 2 and trained <= sum(here) < 1.01 * trained and max(here) < 0.6 * trained
     # A checkpoint is whole: one process goes on from it.
-    done = powersteer(two, "max_train_steps=9")
+    refused = powersteer(two, "max_train_steps=9")
+    assert refused.returncode == 2 and "processes) was 8, now 4" in refused.stderr
+    done = powersteer(two, "max_train_steps=9", "train_batch_size=4")  # the same whole batch
     assert done.returncode == 0 and list_checkpoints(two.output_dir)[-1].name == "checkpoint-9", done.stderr
     assert max(done.stderr.count(word) for word in ("damaged", "Traceback")) == 0
 

@@ -249,7 +249,8 @@ def test_a_refused_run_leaves_nothing_and_one_without_learning_may_be_begun_anew
     with pytest.raises(PowersteerError):
         train(config.model_copy(update={"train_data_dir": str(config.output_dir / "none")}))
     assert not config.output_dir.exists()
-    monkeypatch.setattr(loop, "denoising_target", lambda *_: torch.tensor(torch.nan))
+    real = loop.denoising_target
+    monkeypatch.setattr(loop, "denoising_target", lambda *args: real(*args) * torch.nan)
     with pytest.raises(PowersteerError, match="non-finite loss at step 0"):
         train(config)
     monkeypatch.undo()

@@ -71,6 +71,7 @@ _CONTENT = {
     "base": "the base {} is not what it was",
     "start": "the weights of {} are not those it was begun with",
 }
+_WORDS = {"batch": "the whole batch (train_batch_size × gradient_accumulation_steps × processes)"}
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Record:
                 yield from changed
             elif self.facts[fact] != now.facts[fact]:
                 place = next((after[key] for key in keys if after[key] is not None), "")
-                was = f"{fact} was {self.facts[fact]}, now {now.facts[fact]}"
+                was = f"{_WORDS.get(fact, fact)} was {self.facts[fact]}, now {now.facts[fact]}"
                 yield from changed or [_CONTENT[fact].format(place) if fact in _CONTENT else was]
         for key in TrainConfig.model_fields:
             if key not in covered and before[key] != after[key]:
