@@ -17,8 +17,9 @@ from powersteer.base import load_base
 from powersteer.conditions.extractor import EXTRACTORS
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, spread
+from powersteer.data.splits import held_out_folder
 from powersteer.evaluation import evaluate as evaluation
-from powersteer.evaluation.evaluate import EvaluateSettings, evaluate, held_out_folder
+from powersteer.evaluation.evaluate import EvaluateSettings, evaluate
 from powersteer.evaluation.figures import Evaluation, Figure, Value
 from powersteer.evaluation.information import denoiser_errors, measure_information
 from powersteer.evaluation.measures import (
@@ -166,6 +167,13 @@ def test_bad_input_is_one_line(run, monkeypatch, tmp_path, data, base_dir, args,
 
 def test_the_held_out_split_is_taken(data):
     assert held_out_folder(data) == data / "test" and held_out_folder(data / "test") == data / "test"
+
+
+def test_a_split_is_known_by_any_of_its_names(tmp_path):
+    (tmp_path / "Val2017").mkdir()
+    assert held_out_folder(tmp_path) == tmp_path / "Val2017" and held_out_folder(tmp_path / "no") == tmp_path / "no"
+    (tmp_path / "testing").mkdir()
+    assert held_out_folder(tmp_path) == tmp_path / "testing"
 
 
 @pytest.mark.parametrize("kind", BASELINES)

@@ -18,7 +18,7 @@ from powersteer.data.prepare import PrepareConfig, prepare
 from powersteer.data.sources import find_source, json_scan
 from powersteer.data.sources.base import Wanted
 from powersteer.data.sources.coco import Coco
-from powersteer.data.splits import HELD_OUT, is_held_out, split_of
+from powersteer.data.splits import SPLITS, is_held_out, split_of
 from test_sources import noise, write_ade20k, write_coco
 
 
@@ -428,8 +428,9 @@ def test_pictures_of_an_absurd_size_are_not_painted(tmp_path):
 
 
 def test_held_out_folders_are_those_of_the_table():
-    assert "train" not in HELD_OUT and all(is_held_out(name) for name in HELD_OUT)
-    assert len({name.lower() for name in HELD_OUT}) == len(HELD_OUT)
+    names = [name for names in SPLITS.values() for name in names]
+    assert len(set(names)) == len(names)
+    assert {name for name in names if is_held_out(name)} == set(names) - set(SPLITS["train"])
 
 
 # -- damaged at random

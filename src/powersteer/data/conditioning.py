@@ -13,7 +13,6 @@ from powersteer.conditions.kinds import FEATURE, conditioning_record
 from powersteer.conditions.tensors import PIL_MODES
 from powersteer.core.files import reason_of
 from powersteer.core.text import parse_json
-from powersteer.data.splits import HELD_OUT as HELD_OUT
 from powersteer.errors import PowersteerError
 
 DATASET_FILE = "dataset.json"

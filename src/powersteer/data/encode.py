@@ -33,7 +33,7 @@ from powersteer.data.cache import (
 )
 from powersteer.data.contents import Contents
 from powersteer.data.order import Share, batches
-from powersteer.data.pairs import Pairs
+from powersteer.data.pairs import Pairs, condition_values
 from powersteer.errors import PowersteerError
 
 CONTENTS = "contents.json"
@@ -222,8 +222,7 @@ def one_line_errors(loader: Iterable[list[Sample]]) -> Iterator[list[Sample]]:
 
 def conditions_of(samples: Sequence[Sample]) -> torch.Tensor:
     """Conditions (N, C, H, W) in [0, 1]; features (N, C, h, w) as they are."""
-    conditions = torch.stack([sample.condition for sample in samples])
-    return conditions.float() / 255 if conditions.dtype == torch.uint8 else conditions.float()
+    return condition_values(torch.stack([sample.condition for sample in samples]))
 
 
 def pixels_of(pipe: Any, latents: torch.Tensor) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Literal
 
 Split = Literal["train", "validation", "test"]
@@ -13,8 +14,6 @@ SPLITS: dict[Split, tuple[str, ...]] = {
     "test": ("test", "testing"),
 }
 """What people call them, in lower case; ``val2017`` and ``held_out`` count as well."""
-HELD_OUT = (*SPLITS["test"], *SPLITS["validation"])
-"""Of these, what no training may see."""
 _NUMBER = re.compile(r"[-_ ]?\d+$")
 
 
@@ -27,3 +26,9 @@ def split_of(name: str) -> Split | None:
 def is_held_out(name: str) -> bool:
     """Whether a folder of this name holds what no training may see."""
     return split_of(name) in ("validation", "test")
+
+
+def held_out_folder(data: Path) -> Path:
+    """The split of a data set that no training saw, ``test`` before ``validation``; a folder without splits is one."""
+    splits = {split_of(path.name): path for path in sorted(data.glob("*"), reverse=True) if path.is_dir()}
+    return splits.get("test") or splits.get("validation") or data

@@ -17,9 +17,10 @@ from powersteer.adapters import Adapter, channels_of, check_adapter, load_networ
 from powersteer.base import EMBEDDED_BASE, load_base
 from powersteer.core.console import PlainConsole
 from powersteer.core.files import reason_of
-from powersteer.data.conditioning import HELD_OUT, conditioning_of
+from powersteer.data.conditioning import conditioning_of
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, condition_values, spread
+from powersteer.data.splits import held_out_folder
 from powersteer.errors import PowersteerError
 from powersteer.evaluation.features import weights_sha256
 from powersteer.evaluation.figures import PRIOR, REAL, SHUFFLED, STEERED, Evaluation, Figure, Value, environment
@@ -158,11 +159,6 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> Eval
         **environment(subject.pipe.device.type),
     }
     return Evaluation(figures, settings.model_dump(mode="json"), provenance, warnings)
-
-
-def held_out_folder(data: Path) -> Path:
-    """The first split of a data set that no training saw; a folder without splits is one."""
-    return next((data / name for name in HELD_OUT if (data / name).is_dir()), data)
 
 
 def _load(settings: EvaluateSettings) -> _Subject:

@@ -15,10 +15,11 @@ from accelerate.utils import ProjectConfiguration
 from powersteer.ablations import ABLATIONS, NO_LATENTS
 from powersteer.adapters import Adapter, check_adapter, load_network, make_adapter, record_of, save_activation_memory
 from powersteer.conditions.kinds import BLIND, FEATURE
-from powersteer.data.conditioning import DATASET_FILE, HELD_OUT, Conditioning, conditioning_of
+from powersteer.data.conditioning import DATASET_FILE, Conditioning, conditioning_of
 from powersteer.data.contents import Contents
 from powersteer.data.layouts import Columns, hub_rows
 from powersteer.data.pairs import Pairs, Size, Views, bucket_sizes
+from powersteer.data.splits import is_held_out
 from powersteer.errors import PowersteerError
 from powersteer.hardware import native_precision
 from powersteer.model import BPSModel
@@ -223,7 +224,7 @@ def check_splits(config: TrainConfig) -> None:
     folder = Path(config.train_data_dir).resolve()
     if folder.suffix == ".tar":  # a pattern of shards
         folder = folder.parent
-    if folder.name in HELD_OUT and (folder.parent / DATASET_FILE).is_file():
+    if is_held_out(folder.name) and (folder.parent / DATASET_FILE).is_file():
         raise PowersteerError(
             f"train_data_dir={config.train_data_dir} is held out of the data set in {folder.parent}: train on "
             f"{folder.parent / 'train'}"
