@@ -1,7 +1,10 @@
 """The stages that made the base, on a handful of icons and a few steps."""
 
+import hashlib
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +17,14 @@ from conftest import draw_pairs
 from powersteer import PowersteerError
 from powersteer.base import load_base, load_clip
 from powersteer.config import build_config, load_config
-from powersteer.pretrain import evaluate, text
+from powersteer.pretrain import evaluate, stages, text
+from powersteer.pretrain import fit as fitting
+from powersteer.pretrain import icons as icons_module
+from powersteer.pretrain import snapshot as snapshots
+from powersteer.pretrain import teacher as teachers
 from powersteer.pretrain.clip import caption_ranks
 from powersteer.pretrain.config import PretrainConfig
-from powersteer.pretrain.fit import FitConfig, fit
+from powersteer.pretrain.fit import FitConfig, Session, fit
 from powersteer.pretrain.icons import (
     DataConfig,
     Icon,
@@ -28,11 +35,14 @@ from powersteer.pretrain.icons import (
     is_held_out,
     load_icons,
 )
+from powersteer.pretrain.snapshot import pack, unpack
 from powersteer.pretrain.stages import pretrain
-from powersteer.pretrain.text import teacher_embeddings, teacher_words, tokenize
+from powersteer.pretrain.teacher import KEPT, KeptTeacher, MiniLM, keep, load_teacher
+from powersteer.pretrain.text import tokenize
 from powersteer.pretrain.unet import UNetConfig, draw_weights
-from powersteer.pretrain.vae import augment, psnr
+from powersteer.pretrain.vae import augment, crop, psnr
 
+SESSION = Session(0, torch.device("cpu"))
 BODY = '<path fill="#2F88FF" stroke="#000" stroke-width="4" d="M4 4h{w}v{h}H4z"/>'
 
 
@@ -40,6 +50,7 @@ def icon_package(npm_dir: Path, package: str, slugs: list[str], **extra) -> None
     folder = npm_dir / "node_modules" / package
     folder.mkdir(parents=True)
     icons = {slug: {"body": BODY.format(w=10 + i % 7, h=8 + i % 5)} for i, slug in enumerate(slugs)}
+    (folder / "package.json").write_text('{"version": "1.0.0"}')
     (folder / "icons.json").write_text(json.dumps({"icons": icons, "width": 24, "height": 24}))
     (folder / "info.json").write_text(
         json.dumps({"author": {"name": "Somebody", "url": "https://example.org"}, "license": {"spdx": "MIT"}})
@@ -127,6 +138,31 @@ def test_a_source_without_a_place_and_a_recipe_without_its_parts_are_refused(tmp
         recipe(tmp_path, clip=None)
 
 
+def test_another_recipe_and_another_version_do_not_take_what_is_there(icons_dir, monkeypatch):
+    build_icons(data_config(), icons_dir)
+    build_icons(data_config(), icons_dir)  # nothing to do
+    other = data_config().model_copy(update={"resolution": 32})
+    with pytest.raises(PowersteerError, match="were drawn by another recipe: give another output_dir"):
+        build_icons(other, icons_dir)
+    (icons_dir / "made-from.json").unlink()
+    build_icons(other, icons_dir)
+    assert load_icons(icons_dir).pixels.shape[1:] == (3, 32, 32)
+    (icons_dir / "made-from.json").unlink()
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    newer = {"sources": [{"package": "@icons/a@1.0.1", "style": "alpha"}]}
+    with pytest.raises(PowersteerError, match=r"npm is needed to fetch @icons/a@1\.0\.1"):
+        build_icons(build_config(newer, DataConfig), icons_dir)
+
+
+def test_pictures_drawn_by_several_processes_keep_their_names(icons_dir, tmp_path, monkeypatch):
+    build_icons(data_config(), icons_dir)
+    monkeypatch.setattr(icons_module, "FEW", 3)
+    shutil.copytree(icons_dir / "npm", tmp_path / "again" / "npm")
+    build_icons(data_config(), tmp_path / "again")
+    first, again = load_icons(icons_dir), load_icons(tmp_path / "again")
+    assert first.icons == again.icons and torch.equal(first.pixels, again.pixels)
+
+
 def test_missing_npm_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(PowersteerError, match="npm is needed to fetch @icons/a"):
@@ -134,7 +170,7 @@ def test_missing_npm_is_one_clear_error(tmp_path, monkeypatch):
 
 
 def test_captions_with_and_without_style():
-    assert captions("fox", "noto")[:3] == captions("fox", None) == ["fox", "a fox", "icon of fox"]
+    assert captions("fox", "noto")[:3] == ["fox", "a fox", "icon of fox"]
     assert "noto icon of fox" in captions("fox", "noto")
 
 
@@ -184,28 +220,31 @@ def teacher(tmp_path, monkeypatch):
     BertModel(BertConfig(vocab_size=len(words), **size)).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(words))
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    monkeypatch.setattr(text, "_teacher_dir", lambda: folder)
+    monkeypatch.setattr(teachers, "_folder", lambda: folder)
+    return MiniLM()
 
 
 def test_teacher_embeddings_ignore_the_padding(teacher):
-    alone, padded = teacher_embeddings(["fox"]), teacher_embeddings(["fox", "house tree icon water"])
+    alone, padded = teacher.embed(["fox"]), teacher.embed(["fox", "house tree icon water"])
     torch.testing.assert_close(alone[0], padded[0])
     torch.testing.assert_close(padded.norm(dim=1), torch.ones(2))
-    assert teacher_words() == ["fox", "house", "tree", "icon", "water"]
+    assert teacher.words() == ["fox", "house", "tree", "icon", "water"]
 
 
 def test_the_tokenizer_is_the_same_each_time_and_kept(icons_dir, teacher, tmp_path):
     build_icons(data_config(), icons_dir)
     icons, config = load_icons(icons_dir), text.TokenizerConfig(vocab_size=700)
-    first, *others = (text.train_tokenizer(config, icons, tmp_path / name) for name in ("first", "second", "third"))
+    first, *others = (
+        text.train_tokenizer(config, icons, teacher, tmp_path / name) for name in ("first", "second", "third")
+    )
     content = (tmp_path / "first" / "tokenizer.json").read_bytes()
     assert all((tmp_path / name / "tokenizer.json").read_bytes() == content for name in ("second", "third"))
     assert all(other("a fox").input_ids == first("a fox").input_ids for other in others)
     assert first("a fox").input_ids[1:-1] == [first.get_vocab()["a</w>"], *first("fox").input_ids[1:-1]]
     before = (tmp_path / "first" / "tokenizer.json").stat().st_mtime_ns
-    text.train_tokenizer(config, icons, tmp_path / "first")
+    text.train_tokenizer(config, icons, teacher, tmp_path / "first")
     assert (tmp_path / "first" / "tokenizer.json").stat().st_mtime_ns == before
-    assert len(text.train_tokenizer(text.TokenizerConfig(vocab_size=650), icons, tmp_path / "first")) <= 650
+    assert len(text.train_tokenizer(text.TokenizerConfig(vocab_size=650), icons, teacher, tmp_path / "first")) <= 650
 
 
 @pytest.mark.parametrize(
@@ -220,7 +259,7 @@ def test_a_damaged_checkpoint_of_a_stage_is_refused(tmp_path, content):
     with pytest.raises(
         PowersteerError, match=r"checkpoint.pt is (truncated or no|of another recipe, or damaged)"
     ) as error:
-        fit(tmp_path, config, model, None, None, seed=0, device=torch.device("cpu"))
+        fit(tmp_path, config, model, None, None, SESSION)
     assert "\n" not in str(error.value) and torch.equal(model.weight, before)
 
 
@@ -238,6 +277,150 @@ def test_damaged_icons_are_refused(icons_dir):
         (icons_dir / "icons.safetensors").write_bytes(pixels)
         with pytest.raises(PowersteerError, match=told):
             load_icons(icons_dir)
+
+
+def test_crops_are_squares_of_their_pictures():
+    images = torch.arange(2 * 3 * 16 * 16).reshape(2, 3, 16, 16).float()
+    pieces = crop(images, 8, torch.Generator().manual_seed(0))
+    assert pieces.shape == (2, 3, 8, 8)
+    for image, piece in zip(images, pieces, strict=True):
+        y, x = divmod(int(piece[0, 0, 0]) % 256, 16)
+        assert torch.equal(piece, image[:, y : y + 8, x : x + 8])
+
+
+def test_what_the_teacher_said_serves_without_it(teacher, tmp_path, monkeypatch):
+    keep(teacher, ["red fox", "fox", "tree"], tmp_path / KEPT)
+    wanted = teacher.embed(["red fox", "water"])
+    monkeypatch.setattr(teachers, "_folder", None)  # it is not asked any more
+    kept = load_teacher(tmp_path)
+    assert kept.words() == ["fox", "house", "tree", "icon", "water"]
+    assert (kept.embed(["red fox", "water"]) * wanted).sum(1).min() > 0.9999
+    with pytest.raises(PowersteerError, match="does not know 'wolf': it was made for another recipe"):
+        kept.embed(["fox", "wolf"])
+    (tmp_path / KEPT).write_bytes((tmp_path / KEPT).read_bytes()[:-3])
+    with pytest.raises(PowersteerError, match="is damaged"):
+        KeptTeacher(tmp_path / KEPT)
+
+
+class Line:
+    """A stage that learns y = 3x, as `fit` takes it."""
+
+    def __init__(self, folder, **config):
+        values = {"steps": 60, "batch_size": 1, "learning_rate": 0.3, "optimizer": "adamw", "report_every": 20} | {
+            "warmup_steps": 1,
+            "ema_decay": 0.9,
+        }
+        torch.manual_seed(0)
+        self.folder, self.config, self.model = folder, FitConfig(**{**values, **config}), torch.nn.Linear(1, 1)
+        self.steps: list[int] = []
+
+    def fit(self, session=SESSION):
+        def loss(step, generator):
+            self.steps.append(step)
+            x = torch.rand(8, 1, generator=generator)
+            return (self.model(x) - 3 * x).square().mean(), {}
+
+        fit(self.folder, self.config, self.model, loss, lambda _: {"slope": self.model.weight.item()}, session)
+        return self.model.weight.detach().clone()
+
+
+def test_a_stage_goes_on_bit_for_bit_from_its_checkpoint_and_from_its_weights_without_one(tmp_path):
+    whole = Line(tmp_path / "whole").fit()
+    assert abs(whole.item() - 3) < 0.3
+    half = Line(tmp_path / "half")
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        half.fit(Session(0, torch.device("cpu"), saved=stop))
+    again = Line(tmp_path / "half")
+    assert torch.equal(again.fit(), whole) and again.steps == list(range(20, 60))
+    (tmp_path / "half" / "checkpoint.pt").unlink()
+    last = Line(tmp_path / "half")
+    torch.testing.assert_close(last.fit(), whole, atol=2e-3, rtol=0)  # half precision
+    assert last.steps == []
+    further = Line(tmp_path / "half", steps=61)
+    further.fit()
+    assert further.steps == [60]
+    (tmp_path / "half" / "weights.safetensors").write_bytes(b"?")
+    (tmp_path / "half" / "checkpoint.pt").unlink()
+    with pytest.raises(PowersteerError, match=r"weights\.safetensors"):
+        Line(tmp_path / "half").fit()
+
+
+def test_a_stage_ends_in_time_and_its_learning_rate_with_it(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(fitting.time, "monotonic", lambda: now[0])
+    stage = Line(tmp_path, steps=10**6, minutes=1.0, decay_share=0.5, warmup_steps=1, report_every=10**6)
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *_: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
+    )
+    monkeypatch.setattr(fitting.EMAModel, "step", lambda self, _: now.__setitem__(0, now[0] + 6))
+    stage.fit()
+    assert len(stage.steps) == 10  # of six seconds each
+    assert rates == pytest.approx([0.3 * share for share in (1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2)])
+    # What was spent counts in the next command, and a deadline counts anew.
+    stage = Line(tmp_path, steps=10**6, minutes=2.0)
+    stage.fit(Session(0, torch.device("cpu"), deadline=now[0] + 30))
+    assert len(stage.steps) == 5
+    (tmp_path / "none").mkdir()
+    with pytest.raises(PowersteerError, match="there was no time for one step of none: give more minutes"):
+        Line(tmp_path / "none").fit(Session(0, torch.device("cpu"), deadline=now[0]))
+
+
+def test_pieces_are_cut_put_together_and_checked(tmp_path, monkeypatch):
+    root, pieces, elsewhere = tmp_path / "root", tmp_path / "pieces", tmp_path / "elsewhere"
+    for name in ("tokenizer/vocab.json", "vae/weights.safetensors", "vae/checkpoint.pt", "unet/log.jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode() * 5000)
+    monkeypatch.setattr(snapshots, "PIECE_BYTES", 100_000)
+    unpack(pieces, elsewhere)  # nothing there yet
+    pack(root, pieces)
+    names = sorted(path.name for path in pieces.iterdir())
+    assert (
+        len(names) == 3 and names[0].endswith("-1-of-3") and max(p.stat().st_size for p in pieces.iterdir()) == 100_000
+    )
+    (elsewhere / "tokenizer").mkdir(parents=True)
+    (elsewhere / "tokenizer" / "vocab.json").write_bytes(b"mine")
+    unpack(pieces, elsewhere)
+    assert (elsewhere / "tokenizer" / "vocab.json").read_bytes() == b"mine"
+    assert (elsewhere / "vae" / "weights.safetensors").read_bytes() == b"vae/weights.safetensors" * 5000
+    assert not (elsewhere / "vae" / "checkpoint.pt").exists()
+    (root / "unet" / "weights.safetensors").write_bytes(b"new")
+    pack(root, pieces)
+    assert not {path.name for path in pieces.iterdir()} & set(names)
+    last = sorted(pieces.iterdir())[-1]
+    content = bytearray(last.read_bytes())
+    content[-1] ^= 1
+    last.write_bytes(content)
+    with pytest.raises(PowersteerError, match=r"a piece of snapshot-[0-9a-f]{8} in .* is damaged"):
+        unpack(pieces, tmp_path / "third")
+    last.unlink()
+    with pytest.raises(PowersteerError, match=f"lacks {last.name}"):
+        unpack(pieces, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
+def test_pieces_write_nothing_outside_of_the_folder(tmp_path):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        member = tarfile.TarInfo("../outside")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"evil"))
+    name = hashlib.sha256(content.getvalue()).hexdigest()[:8]
+    (tmp_path / "pieces").mkdir()
+    (tmp_path / "pieces" / f"snapshot-{name}-1-of-1").write_bytes(content.getvalue())
+    with pytest.raises(PowersteerError, match=r"cannot unpack \.\./outside"):
+        unpack(tmp_path / "pieces", tmp_path / "root")
+    assert not (tmp_path / "outside").exists()
+
+
+def test_a_resolution_that_the_vae_cannot_halve_so_often_is_refused(tmp_path):
+    with pytest.raises(PowersteerError, match="one latent of 4 pixels a side, of which 66 is no multiple"):
+        recipe(tmp_path, data={**data_config().model_dump(), "resolution": 66})
 
 
 @pytest.mark.slow
@@ -269,6 +452,26 @@ def test_all_stages_make_a_base_that_loads_and_can_go_on(icons_dir, teacher, mon
     vae = further.vae.state_dict()
     assert all(torch.equal(tensor, vae[name]) for name, tensor in pipe.vae.state_dict().items())
     assert any(not torch.equal(a, b) for a, b in zip(further.unet.parameters(), pipe.unet.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_what_was_learned_in_minutes_elsewhere_becomes_the_same_base_here(icons_dir, teacher, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(evaluate, "SEEDS", 1)
+    monkeypatch.setattr(stages, "FINISHING_SECONDS", 0)
+    root, here, pieces = icons_dir.parent / "there", icons_dir.parent / "here", icons_dir.parent / "pieces"
+    data = {**data_config().model_dump(), "resolution": 32}
+    for place in (root, here):
+        shutil.copytree(icons_dir, place / "data")
+    long = {**recipe(root).unet.model_dump(), "steps": 10**6, "report_every": 2}
+    made = pretrain(recipe(root, data=data, unet=long, minutes=0.2), pieces)
+    there = load_base(str(made))
+    assert there("a fox", num_inference_steps=2).images[0].size == (32, 32)
+    finished = load_base(str(pretrain(recipe(here, data=data, unet=long, minutes=0), pieces)))
+    for part in ("unet", "vae", "text_encoder"):
+        mine, theirs = getattr(finished, part).state_dict(), getattr(there, part).state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items()), part
+    assert finished.vae.config.scaling_factor == pytest.approx(there.vae.config.scaling_factor, rel=1e-3)
 
 
 def test_how_often_each_picture_is_drawn():

@@ -279,13 +279,17 @@ def pretrain(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="They win over the file; a dot reaches into sections."),
     ] = None,
+    snapshot: Annotated[
+        Path | None,
+        typer.Option(help="A folder of what was learned elsewhere: taken where output_dir has nothing, and renewed."),
+    ] = None,
 ) -> None:
     """Build the embedded base from icon sets, stage by stage. The same command goes on where it stopped."""
     from powersteer.config import load_config
     from powersteer.pretrain.config import PretrainConfig
     from powersteer.pretrain.stages import pretrain as run
 
-    show(run(load_config(config, PretrainConfig, overrides or [])))
+    show(run(load_config(config, PretrainConfig, overrides or []), snapshot))
 
 
 @app.command()

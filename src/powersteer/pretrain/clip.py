@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import torch
@@ -12,9 +11,10 @@ from torch import nn
 from transformers import CLIPConfig as HFCLIPConfig
 from transformers import CLIPModel, CLIPTokenizer
 
-from powersteer.pretrain.fit import FitConfig, fit
-from powersteer.pretrain.icons import IMAGE_SIZE, IconSet, captions
-from powersteer.pretrain.text import MAX_TOKENS, teacher_embeddings, teacher_words, tokenize
+from powersteer.pretrain.fit import FitConfig, Session, fit
+from powersteer.pretrain.icons import IconSet, captions
+from powersteer.pretrain.teacher import Teacher
+from powersteer.pretrain.text import MAX_TOKENS, tokenize
 from powersteer.pretrain.vae import augment
 from powersteer.records import Layers, Size
 
@@ -42,8 +42,8 @@ class _Student(nn.Module):
         self.to_teacher = nn.Linear(width, teacher_width)
 
 
-def build_clip(config: CLIPConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
-    """Untrained towers."""
+def build_clip(config: CLIPConfig, tokenizer: CLIPTokenizer, size: int) -> CLIPModel:
+    """Untrained towers, for pictures of ``size`` pixels a side."""
     tower = {
         "hidden_size": config.hidden_size,
         "intermediate_size": 4 * config.hidden_size,
@@ -62,7 +62,7 @@ def build_clip(config: CLIPConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
     }
     vision = {
         **tower,
-        "image_size": IMAGE_SIZE,
+        "image_size": size,
         "patch_size": config.patch_size,
         "num_hidden_layers": config.vision_layers,
         "attention_dropout": config.dropout,
@@ -75,61 +75,59 @@ def train_clip(
     config: CLIPConfig,
     icons: IconSet,
     tokenizer: CLIPTokenizer,
+    teacher: Teacher,
     stage_dir: Path,
-    *,
-    seed: int,
-    device: torch.device,
+    session: Session,
 ) -> CLIPModel:
     """Train both towers; reports how often the right caption among the held-out names is in the first five."""
-    stage_dir.mkdir(parents=True, exist_ok=True)
-    train = icons.select(held_out=False)
+    device, train = session.device, icons.select(held_out=False)
     held_out = icons.select(use="all", held_out=True)
-    words = teacher_words()
     names = sorted({icon.name for icon in icons.icons if not icon.held_out})
     row_of = {name: i for i, name in enumerate(names)}
-    phrases = [*names, *words]
-    targets = teacher_embeddings(phrases).to(device)
-    word_tokens = tokenize(tokenizer, phrases)
-    torch.manual_seed(seed)
-    student = _Student(build_clip(config, tokenizer), config.hidden_size, targets.shape[1])
+    name_of = torch.tensor([row_of.get(icon.name, 0) for icon in icons.icons], device=device)
+    phrases = [*names, *teacher.words()]
+    targets = teacher.embed(phrases).to(device)
+    word_tokens = tokenize(tokenizer, phrases).to(device)
+    texts_of = [caption for icon in icons.icons for caption in captions(icon.name, icon.style)]
+    caption_tokens = tokenize(tokenizer, texts_of).to(device).unflatten(0, (len(icons.icons), -1))  # (N, captions, 24)
+    torch.manual_seed(session.seed)
+    student = _Student(build_clip(config, tokenizer, icons.size), config.hidden_size, targets.shape[1])
     clip = student.clip
-    clip.set_attn_implementation("eager")  # on so few tokens faster in training than the fused kernel
+    if device.type == "cpu":
+        clip.set_attn_implementation("eager")  # on so few tokens faster in training than the fused kernel
     read, look = torch.compile(embed_text), torch.compile(embed_images)
 
-    def loss(_: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        picks = train[torch.randint(len(train), (config.batch_size,), generator=generator)]
-        rows = [icons.icons[int(i)] for i in picks]
-        rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
-        texts = tokenize(tokenizer, [rng.choice(captions(row.name, row.style)) for row in rows])
+    def loss(_: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def pick(most: int, count: int = config.batch_size) -> torch.Tensor:
+            return torch.randint(most, (count,), generator=generator, device=device)
+
+        picks = train[pick(len(train))]
+        texts = caption_tokens[picks, pick(caption_tokens.shape[1])]
         images = augment(icons.images(picks), generator, recolour=0.05, outline=0.1, move=0.8)
-        extra = torch.randint(len(phrases), (config.word_batch_size,), generator=generator)
-        states = read(clip, torch.cat([texts, word_tokens[extra]]).to(device))
+        extra = pick(len(phrases), config.word_batch_size)
+        states = read(clip, torch.cat([texts, word_tokens[extra]]))
         text, word = states.split([len(texts), len(extra)])
-        image = look(clip, images.to(device))
-        names_in_batch = torch.tensor([row_of[row.name] for row in rows])
-        contrastive = _contrastive(image, text, clip.logit_scale, names_in_batch.to(device))
+        image = look(clip, images)
+        names_in_batch = name_of[picks]
+        contrastive = _contrastive(image, text, clip.logit_scale, names_in_batch)
         wanted = torch.cat([targets[names_in_batch], targets[extra]])
         guess_text = F.normalize(student.to_teacher(torch.cat([text, word])).float(), dim=-1)
         guess_image = F.normalize(student.to_teacher(image).float(), dim=-1)
         text_distance = 1 - (guess_text * wanted).sum(-1).mean()
         image_distance = 1 - (guess_image * wanted[: len(texts)]).sum(-1).mean()
-        figures = {
-            "contrastive": contrastive.item(),
-            "text_distance": text_distance.item(),
-            "image_distance": image_distance.item(),
-        }
+        figures = {"contrastive": contrastive, "text_distance": text_distance, "image_distance": image_distance}
         return contrastive + config.distillation_weight * (text_distance + image_distance), figures
 
     def report(_: int) -> dict[str, float]:
         candidates = sorted({icons.icons[int(i)].name for i in held_out})
         truth = torch.tensor([candidates.index(icons.icons[int(i)].name) for i in held_out])
-        ranks = caption_ranks(clip, tokenizer, icons.images(held_out).to(device), candidates, truth)
+        ranks = caption_ranks(clip, tokenizer, icons.images(held_out), candidates, truth)
         return {
             "held_out_top1": (ranks < 1).float().mean().item(),
             "held_out_top5": (ranks < 5).float().mean().item(),
         }
 
-    fit(stage_dir, config, student, loss, report, seed=seed, device=device)
+    fit(stage_dir, config, student, loss, report, session)
     return clip
 
 
@@ -149,7 +147,7 @@ def embed_text(clip: CLIPModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def embed_images(clip: CLIPModel, images: torch.Tensor) -> torch.Tensor:
-    """Unit embeddings (B, D) of pictures (B, 3, 64, 64) in [-1, 1]."""
+    """Unit embeddings (B, D) of pictures (B, 3, H, W) in [-1, 1]."""
     return F.normalize(clip.visual_projection(clip.vision_model(images).pooler_output), dim=-1)
 
 

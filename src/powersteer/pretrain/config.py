@@ -19,6 +19,9 @@ class PretrainConfig(StrictConfig):
     """`powersteer pretrain CONFIG.yaml`."""
 
     output_dir: Path
+    minutes: float | None = Field(default=None, ge=0, le=1e6)
+    """How long the whole command takes: the U-Net learns until then, if its ``steps`` do not come before. With 0 nothing
+    more is learned, and what was learned before becomes a base."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     init_from: str | None = None
     """Go on from a finished base: its tokenizer, CLIP and VAE are taken as they are, its U-Net trained further."""
@@ -33,6 +36,15 @@ class PretrainConfig(StrictConfig):
     def _whole(self) -> Self:
         if self.init_from is None and (self.clip is None or self.vae is None):
             raise ValueError("give clip and vae, or init_from")
+        return self
+
+    @model_validator(mode="after")
+    def _latents_are_whole(self) -> Self:
+        factor = 1 if self.vae is None else 2 ** (len(self.vae.block_out_channels) - 1)
+        if self.data.resolution % factor:
+            raise ValueError(
+                f"the VAE makes one latent of {factor} pixels a side, of which {self.data.resolution} is no multiple"
+            )
         return self
 
     @model_validator(mode="after")

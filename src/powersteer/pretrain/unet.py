@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,12 +15,11 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from powersteer.pictures import save_grid
 from powersteer.pretrain.clip import caption_ranks
-from powersteer.pretrain.fit import FitConfig, fit
+from powersteer.pretrain.fit import FitConfig, Session, fit
 from powersteer.pretrain.icons import Icon, IconSet, captions
 from powersteer.pretrain.text import tokenize
 from powersteer.records import Layers, Size, Sizes
 
-LATENT_SIZE = 16
 _PEOPLE = ("man", "woman", "person", "men", "women", "people", "family", "couple", "kiss", "boy", "girl")
 
 
@@ -48,8 +46,14 @@ class UNetConfig(FitConfig):
     """Plain prompts of the sample grid."""
 
 
-def build_unet(config: UNetConfig, cross_attention_dim: int, latent_channels: int) -> UNet2DConditionModel:
-    """An untrained denoiser."""
+_ENCODE_BATCH = 2048
+"""Pictures that are floats at a time."""
+
+
+def build_unet(
+    config: UNetConfig, cross_attention_dim: int, latent_channels: int, latent_size: int
+) -> UNet2DConditionModel:
+    """An untrained denoiser of latents (B, ``latent_channels``, ``latent_size``, ``latent_size``)."""
     down = tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in config.attention_levels)
     up = tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(config.attention_levels))
     shape: dict[str, Any] = {
@@ -62,7 +66,7 @@ def build_unet(config: UNetConfig, cross_attention_dim: int, latent_channels: in
         "addition_embed_type_num_heads": cross_attention_dim // 16,
     }
     return UNet2DConditionModel(
-        sample_size=LATENT_SIZE,
+        sample_size=latent_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
         layers_per_block=config.layers_per_block,
@@ -96,16 +100,15 @@ def draw_weights(config: UNetConfig, icons: Sequence[Icon]) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_latents(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
-    """Unscaled latent means (N, 4, 16, 16) of pictures (N, 3, 64, 64) in [-1, 1]."""
-    return torch.cat(
-        [vae.encode(part.to(vae.device), return_dict=False)[0].mode().cpu() for part in images.split(batch_size)]
-    )
+    """Unscaled latent means (N, C, h, w) of pictures (N, 3, H, W) in [-1, 1]."""
+    return torch.cat([vae.encode(part, return_dict=False)[0].mode() for part in images.split(batch_size)])
 
 
 def set_scaling_factor(vae: AutoencoderKL, icons: IconSet) -> None:
     """Record the factor that gives the training latents unit variance."""
     sample = icons.select(use="all", held_out=False)[::8]
-    vae.register_to_config(scaling_factor=1 / encode_latents(vae, icons.images(sample)).std().item())
+    latents = torch.cat([encode_latents(vae, icons.images(part)) for part in sample.split(_ENCODE_BATCH)])
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
 
 
 def train_unet(
@@ -115,70 +118,67 @@ def train_unet(
     clip: CLIPModel,
     vae: AutoencoderKL,
     stage_dir: Path,
-    *,
+    session: Session,
     unet: UNet2DConditionModel | None = None,
-    seed: int,
-    device: torch.device,
 ) -> StableDiffusionPipeline:
     """Train the denoiser, a new one or ``unet`` further; returns the whole base as a stock pipeline."""
-    text_encoder = clip.text_model
-    torch.manual_seed(seed)
-    unet = unet or build_unet(config, text_encoder.config.hidden_size, vae.config["latent_channels"])
-    unet.set_attn_processor(AttnProcessor())  # on small maps faster in training than the fused kernel
+    text_encoder, device = clip.text_model, session.device
+    scale, factor = vae.config["scaling_factor"], 2 ** (len(vae.config["block_out_channels"]) - 1)
+    torch.manual_seed(session.seed)
+    if unet is None:
+        width, channels = text_encoder.config.hidden_size, vae.config["latent_channels"]
+        unet = build_unet(config, width, channels, icons.size // factor)
+    if device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # on small maps faster in training than the fused kernel
     scheduler: Any = build_scheduler()
     pipe = assemble(vae, text_encoder, tokenizer, unet, scheduler)
 
+    def encode(indices: torch.Tensor, *, flipped: bool) -> torch.Tensor:
+        parts = (icons.images(part) for part in indices.split(_ENCODE_BATCH))
+        return torch.cat([encode_latents(vae, part.flip(3) if flipped else part) for part in parts]) * scale
+
     train = icons.select(use="all", held_out=False)
-    rows = [icons.icons[int(i)] for i in train]
-    images = icons.images(train)
-    scale = vae.config["scaling_factor"]
-    latents = torch.stack([encode_latents(vae, images), encode_latents(vae, images.flip(3))], 1) * scale
-    mirrored = torch.tensor([row.mirrored for row in rows])
-    frequency = draw_weights(config, rows)
-    texts = sorted({caption for row in rows for caption in captions(row.name, row.style)})
+    rows = [icons.icons[i] for i in train.tolist()]
+    latents = torch.stack([encode(train, flipped=flipped) for flipped in (False, True)], 1)  # (N, 2, C, h, w)
+    mirrored = torch.tensor([row.mirrored for row in rows], device=device)
+    frequency = draw_weights(config, rows).to(device)
+    captions_of = [captions(row.name, row.style) for row in rows]
+    texts = sorted({caption for own in captions_of for caption in own})
     row_of = {text: i for i, text in enumerate(texts)}
+    choices = torch.tensor([[row_of[caption] for caption in own] for own in captions_of], device=device)
     states = torch.cat([encode_text(text_encoder, tokenizer, texts[i : i + 512]) for i in range(0, len(texts), 512)])
-    empty = encode_text(text_encoder, tokenizer, [""])[0]
+    empty = encode_text(text_encoder, tokenizer, [""])
     held_out = icons.select(use="all", held_out=True)
-    held_out_latents = encode_latents(vae, icons.images(held_out)) * scale
-    held_out_names = [icons.icons[int(i)].name for i in held_out]
+    held_out_latents = encode(held_out, flipped=False)
+    held_out_names = [icons.icons[i].name for i in held_out.tolist()]
     held_out_states = encode_text(text_encoder, tokenizer, [f"icon of {name}" for name in held_out_names])
 
-    alphas_cumprod = scheduler.alphas_cumprod.to(device)
     denoise = torch.compile(unet)
 
-    def loss(_: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        size = config.batch_size
+    def loss(_: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        size, given = config.batch_size, dict[str, Any](generator=generator, device=device)
         picks = torch.multinomial(frequency, size, replacement=True, generator=generator)
-        flips = (torch.rand(size, generator=generator) < config.flip_share) & mirrored[picks]
-        rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
-        chosen = [row_of[rng.choice(captions(rows[int(i)].name, rows[int(i)].style))] for i in picks]
-        text = states[torch.tensor(chosen)].clone()
-        text[torch.rand(size, generator=generator) < config.empty_prompt_share] = empty
+        flips = (torch.rand(size, **given) < config.flip_share) & mirrored[picks]
+        text = states[choices[picks, torch.randint(choices.shape[1], (size,), **given)]]
+        text = torch.where((torch.rand(size, **given) < config.empty_prompt_share)[:, None, None], empty, text)
         clean = latents[picks, flips.long()]
-        noise = torch.randn(clean.shape, generator=generator)
-        timesteps = (torch.rand(size, generator=generator).sqrt() * len(alphas_cumprod)).long()  # rather the noisy ones
-        noisy = scheduler.add_noise(clean, noise, timesteps).to(device, memory_format=torch.channels_last)
-        guess = denoise(noisy, timesteps.to(device), text.to(device, torch.float32), return_dict=False)[0]
-        velocity = scheduler.get_velocity(clean, noise, timesteps)
-        return F.mse_loss(guess.float(), velocity.to(device)), {}
+        noise = torch.randn(clean.shape, **given)
+        timesteps = (torch.rand(size, **given).sqrt() * len(scheduler.alphas_cumprod)).long()  # rather the noisy ones
+        noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        guess = denoise(noisy, timesteps, text.float(), return_dict=False)[0]
+        return F.mse_loss(guess.float(), scheduler.get_velocity(clean, noise, timesteps)), {}
 
     def report(step: int) -> dict[str, float]:
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(held_out_latents.shape, generator=generator)
-        timesteps = torch.linspace(20, 980, len(held_out_latents)).long()
+        generator = torch.Generator(device).manual_seed(0)
+        noise = torch.randn(held_out_latents.shape, generator=generator, device=device)
+        timesteps = torch.linspace(20, 980, len(held_out_latents), device=device).long()
         noisy = scheduler.add_noise(held_out_latents, noise, timesteps)
         velocity = scheduler.get_velocity(held_out_latents, noise, timesteps)
-        guess = torch.cat(
-            [
-                unet(a.to(device), t.to(device), s.to(device, torch.float32)).sample.cpu()
-                for a, t, s in zip(noisy.split(64), timesteps.split(64), held_out_states.split(64), strict=True)
-            ]
-        )
+        parts = zip(noisy.split(64), timesteps.split(64), held_out_states.split(64), strict=True)
+        guess = torch.cat([unet(a, t, s.float()).sample for a, t, s in parts])
         if config.sample_prompts:
-            save_grid(
-                sample(pipe, config, list(config.sample_prompts)), stage_dir / f"sample-{step:06d}.png", columns=8
-            )
+            grid = sample(pipe, config, list(config.sample_prompts))
+            save_grid(grid, stage_dir / f"sample-{step:06d}.png", columns=8)
         names = sorted(set(held_out_names))
         made = sample(pipe, config, [f"icon of {name}" for name in names])
         ranks = caption_ranks(clip, tokenizer, made, names, torch.arange(len(names)))
@@ -187,15 +187,14 @@ def train_unet(
             "generated_top5": (ranks < 5).float().mean().item(),
         }
 
-    fit(stage_dir, config, unet, loss, report, seed=seed, device=device)
+    fit(stage_dir, config, unet, loss, report, session)
     return pipe
 
 
 @torch.no_grad()
 def encode_text(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     """Text states (B, 24, D), half precision."""
-    device = text_encoder.device
-    return text_encoder(tokenize(tokenizer, texts).to(device)).last_hidden_state.half().cpu()
+    return text_encoder(tokenize(tokenizer, texts).to(text_encoder.device)).last_hidden_state.half()
 
 
 def assemble(
@@ -218,15 +217,13 @@ def assemble(
 def sample(
     pipe: StableDiffusionPipeline, config: UNetConfig, prompts: list[str], seed: int = 0, batch_size: int = 34
 ) -> torch.Tensor:
-    """Pictures (N, 3, 64, 64) in [-1, 1] for plain prompts, one seed each."""
+    """Pictures (N, 3, H, W) in [-1, 1] for plain prompts, one seed each."""
     pictures: list[torch.Tensor] = []
     for i in range(0, len(prompts), batch_size):
         part = prompts[i : i + batch_size]
         generators = [torch.Generator().manual_seed(seed + i + k) for k in range(len(part))]
         made: Any = pipe(
             part,
-            height=4 * LATENT_SIZE,
-            width=4 * LATENT_SIZE,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
             generator=generators,
