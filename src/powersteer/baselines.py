@@ -56,7 +56,7 @@ Baseline = ControlNetModel | ControlNetXSAdapter | ZeroStartT2IAdapter
 
 
 def conditioning_widths(factor: int) -> tuple[int, ...]:
-    """Of the embedding through which ControlNet reads a condition, for the VAE's scale factor."""
+    """The widths of the embedding through which ControlNet reads a condition, for the VAE's scale factor."""
     return (16, 32, 96, 256)[: int(log2(factor)) + 1]
 
 

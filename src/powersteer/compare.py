@@ -74,16 +74,16 @@ class ExperimentConfig(StrictConfig):
 
     name: str
     description: str = ""
-    """For the report: what is compared."""
+    """What is compared, in words for the report."""
     findings: str = ""
-    """For the report, in Markdown: what came out, once it has."""
+    """What came out, in Markdown for the report; written when it is known."""
     data_dir: Path | None = None
     """A folder of ``train``, ``validation`` and ``test``; by default OpenMoji's drawings, made in ``output_dir``."""
     output_dir: Path
-    """Runs and their weights."""
+    """Where runs and their weights are written."""
     results_dir: Path
-    """One JSON a run, and the grids. Experiments that share folders, ``train`` and ``tuning`` share the runs of methods
-    of the same name."""
+    """Where one JSON for each run, and the grids, are written. Experiments that share folders, ``train`` and ``tuning``
+    share the runs of methods of the same name."""
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
     """Keys of `TrainConfig` by which each method differs; one that gives a learning rate has no sweep."""
     rates_of: dict[str, str] = Field(default_factory=dict)
@@ -91,20 +91,20 @@ class ExperimentConfig(StrictConfig):
     reference: str | None = None
     """The method that the report sets the others against."""
     train: dict[str, Any] = Field(default_factory=dict)
-    """Keys of `TrainConfig` for all."""
+    """Keys of `TrainConfig` that hold for all methods."""
     pairs: tuple[int | Literal["all"], ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     tuning: TuningConfig = TuningConfig()
     metrics: tuple[str, ...] = ("information", "denoising", "lines")
-    """See `METRICS`."""
+    """What is measured: names in `METRICS`."""
     test_pairs: int | None = Field(default=None, gt=1)
-    """So many of the test split, evenly spread; all of them by default."""
+    """How many pairs of the test split are used, evenly spread; all of them by default."""
     pictures: int = Field(default=40, gt=0)
     """Test pairs that pictures are made for, where a metric wants some."""
     grid_rows: int = Field(default=6, ge=0)
 
     def sighted(self, method: str) -> str | None:
-        """Of a method that is not shown the condition: the one that differs from it in this alone, if there is one."""
+        """For a method that is not shown the condition: the one that is, and is otherwise the same, if there is one."""
         keys = self.methods[method]
         if keys.get("ablation") != BLIND:
             return None
@@ -186,7 +186,7 @@ class _Comparison:
         self.data = {split: _folder_digest(folder / split) for split in SPLITS}
         self.test_dir = folder / "test"
         self.config = experiment.training(next(iter(experiment.methods)), "all", 0, 1.0, "runs")
-        """Of what all runs share."""
+        """The configuration of one run, from which is read what all runs share."""
         self.pipe: Any = load_base(self.config.pretrained_model_name_or_path)
         self.base = {part: weights_sha256(getattr(self.pipe, part)) for part in ("unet", "vae", "text_encoder")}
         self.protocol = [experiment.metrics, experiment.test_pairs, experiment.pictures]
@@ -354,7 +354,7 @@ class _Comparison:
         save_grid(cells, file, len(columns), scale=max(1, 128 // cells.shape[-1]), headings=headings)
 
     def digest(self, *configs: TrainConfig) -> str:
-        """Of what decides a result: configurations, what is measured on how much, data, and the base's weights."""
+        """A digest of what decides a result: configurations, what is measured on how much, data, the base's weights."""
         return _digest([[_identity(config) for config in configs], self.protocol, self.data, self.base])
 
     def read(self, file: Path, digest: str) -> dict[str, Any] | None:
@@ -412,7 +412,7 @@ def _digest(parts: Any) -> str:
 
 
 def _folder_digest(folder: Path) -> str:
-    """Of every file's name and bytes."""
+    """A digest of every file's name and bytes."""
     if not folder.is_dir():
         raise PowersteerError(f"{folder} is missing: data_dir must hold {', '.join(SPLITS)}")
     digest = hashlib.sha256()

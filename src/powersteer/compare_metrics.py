@@ -23,7 +23,7 @@ from powersteer.training.heldout import Gap, HeldOut
 from powersteer.training.objective import noise_schedule
 
 INFORMATION_DRAWS = 4
-"""Of log-SNR and noise for each test pair."""
+"""How many draws of log-SNR and noise each test pair gets."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Trial:
 
     @cached_property
     def pictures(self) -> torch.Tensor:
-        """Of the shown pairs, (N, 3, H, W) in [-1, 1]; the seed of pair i is i, whatever the network."""
+        """Pictures made for the shown pairs, (N, 3, H, W) in [-1, 1]; the seed of pair i is i, whatever the network."""
         pairs, made = self.held_out.pairs.pairs, list[torch.Tensor]()
         for batch in torch.tensor(self.shown).split(20):
             indices = [int(i) for i in batch]

@@ -36,7 +36,7 @@ class Figure:
 
     @classmethod
     def of(cls, values: list[float]) -> Figure:
-        """Of one value a seed."""
+        """The mean and standard error of values, one for each seed."""
         error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
         return cls(mean(values), error)
 

@@ -61,7 +61,7 @@ SCHEDULERS: dict[Scheduler, str] = {
 LAST_SEED = 2**63 - 1
 Seed = Annotated[int, Field(ge=0, le=LAST_SEED)]
 MAX_PICTURES = 100_000
-"""Of one command."""
+"""The most pictures that an option of one command may ask for."""
 
 
 class PictureJob(StrictConfig):

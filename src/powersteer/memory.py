@@ -50,5 +50,5 @@ class TensorBytes(TorchDispatchMode):
 
 
 def _address(storage: torch.UntypedStorage) -> int:
-    """Of the storage object, not of its data: fake storages have none."""
+    """The address of the storage object, not of its data: fake storages have no data."""
     return storage._cdata  # pyright: ignore[reportPrivateUsage]

@@ -23,7 +23,7 @@ CONDITIONS_KEY = "powersteer-conditions"
 
 @dataclass(frozen=True)
 class Metadata:
-    """Of one picture."""
+    """What one picture carries: how it was made, and from what."""
 
     settings: dict[str, Any]
     """The fields of `powersteer.generate.GenerateSettings` and `PictureJob`."""

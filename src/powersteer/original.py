@@ -125,7 +125,7 @@ class _Blocks:
                 self.levels[-1].append(position)
         self.last_weight = self.last(r"res_weights\.(\d+)")
         self.last_output = self.last(r"zero_blocks\.(\d+)\.")
-        """TP's come last in their rooms, at positions of their own."""
+        """The positions of TP's weight and output, which come last in their rooms."""
         if not all(self.levels) or 0 in strided:
             raise PowersteerError(f"{source}: a level without a ResBlock; this is no BPS network")
 
@@ -134,7 +134,7 @@ class _Blocks:
         return max(_indices(self.layout, pattern))  # `_network` saw to it that there is one
 
     def shape_of(self, flat: str, sides: int) -> torch.Size:
-        """Of a weight that must be there, with so many sides."""
+        """The shape of a weight that must be there, with so many sides."""
         if flat not in self.layout:
             raise PowersteerError(f"{self.source} has no {flat}: it is incomplete, or no BPS network")
         shape = self.state[self.layout[flat]].shape
@@ -143,7 +143,7 @@ class _Blocks:
         return shape
 
     def width(self, position: int) -> int:
-        """Of the ResBlock at ``position``."""
+        """The width of the ResBlock at ``position``, in channels."""
         return self.shape_of(f"input_blocks.{position}.in_layers.2.weight", 4)[0]
 
     def weight(self, position: int) -> float:

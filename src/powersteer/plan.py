@@ -100,7 +100,7 @@ def plan_of(model: BPSModel) -> SteeringPlan:
 
 
 def digest(*tensors: torch.Tensor) -> str:
-    """Of the tensors' shapes, dtypes and values."""
+    """A digest of the tensors' shapes, dtypes and values."""
     content = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         content.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -109,6 +109,6 @@ def digest(*tensors: torch.Tensor) -> str:
 
 
 def weights_digest(model: BPSModel) -> str:
-    """Of a sample of every weight: changes whenever training, loading or casting changed the network."""
+    """A digest of a sample of every weight: it changes whenever training, loading or casting changed the network."""
     samples = [p.detach().flatten()[:: max(1, p.numel() // 8)] for p in model.parameters()]
     return digest(torch.cat(samples))

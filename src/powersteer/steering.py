@@ -195,7 +195,7 @@ class _Source:
         return f"{weights_digest(self.model)} {digest(self.condition)}"
 
     def residuals(self, time_embedding: torch.Tensor) -> Residuals:
-        """Of every condition at one timestep, (1, D), from the plan where it has them."""
+        """The residuals of every condition at one timestep, of embedding (1, D); from the plan where it has them."""
         plan = None if torch.is_grad_enabled() or self.model.training else self.plan
         step = "" if plan is None else digest(time_embedding)
         found = None if plan is None else plan.get(self.key, step)

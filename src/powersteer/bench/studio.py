@@ -49,14 +49,14 @@ class StudioBench:
     """Seconds from the end of a stroke, in the browser."""
 
     preview: list[float]
-    """To the first preview."""
+    """Seconds to the first preview, for each stroke."""
     picture: list[float]
-    """To the picture."""
+    """Seconds to the picture, for each stroke."""
     machine: str
 
     @property
     def median(self) -> tuple[float, float]:
-        """Of both."""
+        """The median of both: seconds to the first preview, and to the picture."""
         return statistics.median(self.preview), statistics.median(self.picture)
 
     def as_json(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from powersteer.hardware import best_device
 
 PACKAGE = "controlnet_aux"
 WEIGHTS = "lllyasviel/Annotators"
-"""On the Hub: the weights of nearly all detectors."""
+"""The repository on the Hub that holds the weights of nearly all detectors."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Detector:
 
     task: Task
     name: str
-    """Ours."""
+    """Our name for it."""
     kind: str
-    """The class."""
+    """The name of its class in the package."""
     weights: str = WEIGHTS
     polarity: str | None = None
-    """Of what it draws, for line art."""
+    """Which of ink and paper is 1 in the line art that it draws: `INK` or `PAPER`; None where it draws none."""
 
 
 DETECTORS = (

@@ -8,13 +8,13 @@ from typing import Any
 INK = "ink 1 on 0"
 PAPER = "ink 0 on 1"
 POLARITY = {"sketch": INK, "depth": "near 1, far 0"}
-"""Of the kinds that have one."""
+"""The polarity of each kind that has one: what its values mean."""
 LABEL_MAPS = ("segmentation", "layout")
 """Kinds whose colours are labels: a mixture of two of them means nothing. Black is no label."""
 FEATURE = "feature"
 """The kind that is no picture: a map (C, h, w) of any numbers, at the latents' size."""
 FEATURE_SUFFIX = ".npy"
-"""Of its files."""
+"""The suffix of files of features."""
 BLIND = "blind"
 """Key of a network's conditioning record: the network is shown empty conditions, in training and ever after. What it
 gains all the same, it owes to the pictures it was trained on, not to the condition."""

@@ -86,7 +86,7 @@ class Palette:
         return dict(zip(self.names, self.colours.tolist(), strict=True))
 
     def index(self, name: str) -> int:
-        """Of a class.
+        """The index of a class.
 
         Raises:
             PowersteerError: There is none of this name; the nearest is suggested.

@@ -21,10 +21,10 @@ class ColourAndStructure(StrictConfig):
     """Four channels: the picture's colours as a thumbnail, enlarged again, and a sketch of it."""
 
     structure: str | None = None
-    """A sketch extractor; the first of them by default."""
+    """The sketch extractor that draws the structure; the first of them by default."""
     structure_settings: dict[str, Any] = Field(default_factory=dict[str, Any])
     cells: int = Field(default=8, ge=1)
-    """Of the thumbnail, along the shorter side."""
+    """How many cells the thumbnail has along its shorter side."""
 
     def __call__(self, subject: Subject) -> Image.Image:
         """RGBA: colour, and structure (ink 255 on 0) in alpha."""

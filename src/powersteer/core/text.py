@@ -15,11 +15,11 @@ from powersteer.core.files import read_bytes
 from powersteer.errors import PowersteerError
 
 MAX_DEPTH = 100
-"""Levels of lists and mappings within one another."""
+"""The most levels of lists and mappings within one another."""
 MAX_DIGITS = 300
-"""Of a whole number in JSON."""
+"""The most digits that a whole number in JSON may have."""
 MAX_YAML_VALUES = 100_000
-"""Values of one YAML document, aliases written out."""
+"""The most values of one YAML document, aliases written out."""
 _OTHER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"} | {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",

@@ -22,11 +22,11 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 HALF = "fp16"
 """Suffix of the one variant of weights that is looked for, where the plain ones are not there."""
 MOST = 2**24
-"""No network has a size beyond."""
+"""The largest size in the config of a network."""
 MOST_LAYERS = 64
-"""Of one kind in a row; larger numbers would keep a machine busy before any weight is compared."""
+"""The most layers of one kind in a row; larger numbers would keep a machine busy before any weight is compared."""
 MOST_LEVELS = 16
-"""Numbers in a list of widths or layers."""
+"""The most numbers in a list of widths or layers."""
 _LFS = b"version https://git-lfs"
 """How a file begins that Git LFS has not fetched."""
 _AGAIN = "get it again, whole"
@@ -39,15 +39,15 @@ class WeightFiles:
     """Where a network's weights lie."""
 
     files: tuple[Path, ...]
-    """One, or the shards."""
+    """The one file, or the shards."""
     variant: str | None
-    """None for the plain ones, or `HALF`."""
+    """Which variant of the weights: None for the plain ones, or `HALF`."""
     safe: bool
     """Whether they are safetensors; else pickles."""
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """How many bytes all files have together."""
         return sum(file.stat().st_size for file in self.files)
 
 

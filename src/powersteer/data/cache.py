@@ -28,19 +28,19 @@ def key_of(*parts: Any) -> str:
 
 
 def module_digest(module: Any) -> str:
-    """Of a model's weights, their precision, and its configuration."""
+    """A digest of a model's weights, their precision, and its configuration."""
     return key_of(settings_digest(module.config), weights_digest(module))
 
 
 def settings_digest(config: Any) -> str:
-    """Of a configuration of diffusers or transformers, without the names and versions of what wrote it."""
+    """A digest of a configuration of diffusers or transformers, without the names and versions of what wrote it."""
     values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
     kept = {key: value for key, value in values.items() if not key.startswith("_") and key != "transformers_version"}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Of what makes tokens of text: vocabulary, merges and rules, special tokens, the longest text."""
+    """A digest of what makes tokens of text: vocabulary, merges and rules, special tokens, the longest text."""
     fast: Any = getattr(tokenizer, "backend_tokenizer", None)
     rules = {} if fast is None else json.loads(fast.to_str())
     for changing in ("truncation", "padding"):  # what the last call left behind

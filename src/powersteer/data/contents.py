@@ -48,11 +48,11 @@ class Contents:
         self._known = _remembered(self.file)
 
     def digest(self, picture: Picture) -> str:
-        """Of its bytes."""
+        """The digest of the picture's bytes."""
         return self._look(picture)[0]
 
     def digests(self, pictures: Iterable[Picture]) -> list[str]:
-        """Of each one's bytes; processes that share the file wait, and find what the first has read.
+        """The digest of each picture's bytes; processes that share the file wait, and find what the first has read.
 
         Raises:
             PowersteerError: A picture cannot be read, or what is known of them not written.

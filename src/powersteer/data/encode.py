@@ -37,14 +37,14 @@ from powersteer.data.pairs import Pairs, condition_values
 from powersteer.errors import PowersteerError
 
 CONTENTS = "contents.json"
-"""Of a cache: what is known of pictures; see `Contents`."""
+"""The file of a cache that keeps what is known of pictures; see `Contents`."""
 SHARD = 256
 """Pairs, or captions, in one file of the cache."""
 ENCODE_BATCH = 16
 """Pictures that the VAE encodes at once."""
 
 _CONDITION_DTYPES: dict[int, Any] = {1: np.uint8, 2: np.float16, 4: np.float32}
-"""Of cached conditions, by the bytes of a number."""
+"""The number type of cached conditions, by the bytes of a number."""
 
 T = TypeVar("T")
 TextStates = dict[str, torch.Tensor]
@@ -84,7 +84,8 @@ class Encoder:
 
     @property
     def text_digest(self) -> list[str]:
-        """Of all that makes text states of text: the pipeline's kind, tokenizers, encoders."""
+        """What decides how text becomes text states: the pipeline's kind, and digests of its settings, tokenizers and
+        encoders."""
         tokenizers = [t for t in (self.pipe.tokenizer, getattr(self.pipe, "tokenizer_2", None)) if t is not None]
         digests = [*map(tokenizer_digest, tokenizers), *map(module_digest, self.text_encoders)]
         return [type(self.pipe).__name__, settings_digest(self.pipe.config), *digests]

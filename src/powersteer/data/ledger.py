@@ -26,7 +26,7 @@ _KINDS: dict[str, Any] = {
     "row": (dict, type(None)),
     "reason": (str, type(None)),
 }
-"""Of a line."""
+"""The keys of a line of the log, and the types that their values may have."""
 
 
 class Ledger:
@@ -79,7 +79,7 @@ class Ledger:
 
 
 def log_path(out_dir: Path, part: int, parts: int) -> Path:
-    """Of one part."""
+    """Where the log of one part lies."""
     return out_dir / FOLDER / f"{part:05d}-of-{parts:05d}.jsonl"
 
 

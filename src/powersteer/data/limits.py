@@ -16,7 +16,7 @@ from powersteer.parts import INDEX, load_tokenizer, read_index
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a base."""
+    """What limits the pairs that a base takes: its tokenizers, and the size of its pictures."""
 
     tokenizers: list[Any]
     side: int

@@ -42,9 +42,9 @@ class Outcome:
     name: str
     split: str
     row: dict[str, Any] | None
-    """Of ``metadata.jsonl``; None of what was refused."""
+    """The item's line of ``metadata.jsonl``; None where the item was refused."""
     reason: str | None = None
-    """Why it was refused."""
+    """Why the item was refused; None where it was not."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class Measures:
     name: str
     concept: str | None
     digest: str
-    """Of its file, or of its pixels where there is none."""
+    """The SHA-256 of the picture's file, or of its pixels where there is no file."""
     shape: npt.NDArray[np.float32]
-    """(256,): `perceptual_hash`."""
+    """The picture's `perceptual_hash`, (256,)."""
     colours: npt.NDArray[np.float32]
-    """(16, 16, 3)."""
+    """The picture's `thumbnail`, (16, 16, 3)."""
 
 
 def measure(item: Item) -> Measures | None:
-    """Of a held-out item; None where it cannot be read, which is told when it is made."""
+    """Measure a held-out item; None where it cannot be read, which is told when its pair is made."""
     try:
         loaded = item.load()
     except Exception:  # as in `Maker`

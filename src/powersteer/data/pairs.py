@@ -36,11 +36,11 @@ class Views:
     """The versions of each pair that are trained on: the plain one first."""
 
     random_flip: bool = False
-    """Each mirrored too."""
+    """Whether each version comes mirrored too."""
     crops: int = 0
-    """So many cut out at random, on top of the plain one."""
+    """How many versions are cut out at random, beside the plain one."""
     smallest_crop: float = 0.8
-    """Of the side."""
+    """The smallest side of a cut-out, as a share of the picture's."""
 
     def __len__(self) -> int:
         return (1 + self.crops) * (1 + self.random_flip)
@@ -96,7 +96,7 @@ class Transform:
         return image, _cut(condition, size, view, self.resampling)
 
     def condition_bytes(self, size: Size) -> int:
-        """Of a cached condition, about: pictures compress well, features do not."""
+        """About how many bytes a cached condition takes: pictures compress well, features do not."""
         pixels = size[0] * size[1]
         return pixels // 4 if self.mode else 4 * self.channels * pixels // self.vae_scale_factor**2
 
@@ -163,7 +163,7 @@ class Pairs:
             rows = [rows[i] for i in spread(len(rows), limit)]
         self.rows = [captioned(row, default_prompt) for row in rows]
         self.sizes = [size] * len(rows)
-        """Of each pair, (height, width)."""
+        """The size of each pair, (height, width)."""
         if buckets is not None:
             self.contents = contents or Contents()
             self.sizes = [nearest(buckets, *self.contents.size(row.image)) for row in rows]

@@ -49,13 +49,13 @@ class PrepareConfig(StrictConfig):
     extractor: str | None = None
     """What makes the conditions; by default what suits task and source."""
     settings: dict[str, Any] = Field(default_factory=dict[str, Any])
-    """Of the extractor."""
+    """The extractor's own settings."""
     captions: Captions = "all"
-    """Of a picture with several: all of them, the first, or one at random."""
+    """Which captions a picture with several keeps: all of them, the first, or one at random."""
     resolution: int | None = Field(default=None, ge=8, le=8192)
     """Pixels of the shorter side; without it pictures keep their size, and their files are copied where they can be."""
     background: str = "white"
-    """Behind what is transparent."""
+    """The colour put behind what is transparent."""
     shards: bool = False
     """Write WebDataset shards instead of an ImageFolder."""
     num_shards: int = Field(default=1, ge=1, le=99_999)
@@ -63,7 +63,7 @@ class PrepareConfig(StrictConfig):
     shard_index: int = Field(default=0, ge=0)
     """The part that this machine does."""
     workers: int | None = Field(default=None, ge=1, le=1024)
-    """Processes; all cores by default."""
+    """How many processes work; one for each core by default."""
 
     @field_validator("background")
     @classmethod
@@ -86,9 +86,9 @@ class Prepared:
 
     out_dir: Path
     pairs: dict[str, int]
-    """Of each split, in this part."""
+    """How many pairs of each split this part holds."""
     rejected: int
-    """Of this part; see ``rejected.csv``."""
+    """How many items of this part were refused; see ``rejected.csv``."""
     complete: bool
     """Whether all parts are done."""
     findings: list[Finding]

@@ -31,9 +31,9 @@ class Stored:
     profile: str
     """The name of its colour profile, where that is not sRGB."""
     transparent: bool
-    """In part."""
+    """Whether any of it is transparent."""
     frames: int
-    """Of an animation."""
+    """How many frames it has; more than one where it is an animation."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class Measured:
 
     row: Row
     digest: str
-    """Of the picture's bytes."""
+    """The SHA-256 of the picture's bytes."""
     size: tuple[int, int]
-    """Width, height."""
+    """Width and height of the picture, in pixels."""
     low: float
     high: float
     mean: float
-    """Of the condition, in [0, 1]; of features, as they are."""
+    """The condition's lowest, highest and mean value: in [0, 1], or for features as they are."""
     picture: Stored
     condition: Stored | None
-    """None of features."""
+    """The same of the condition; None where it is features."""
     hash: npt.NDArray[np.float32]
     thumbnail: npt.NDArray[np.float32]
 
@@ -152,7 +152,7 @@ def _condition(row: Row, conditions: Conditioning) -> tuple[npt.NDArray[np.float
 
 
 def _stored(picture: Picture, content: bytes) -> Stored:
-    """Of a picture that was opened before, so that nothing of it can be unreadable."""
+    """What `Stored` tells of a picture that was opened before, so that nothing of it can be unreadable."""
     image = decode_picture(content, str(picture))
     transparent = image.has_transparency_data and bool((np.asarray(image.convert("RGBA"))[..., 3] < 255).any())
     # A phone's JPEG of several pictures (MPO) is one, with its depth or a preview beside it.

@@ -137,7 +137,7 @@ class StreamedPairs(IterableDataset[list[Sample]]):
         return one_line_errors(DataLoader(self, batch_size=None, num_workers=workers))
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        """Of one worker: every so many of the process's batches."""
+        """The batches of one worker: of n workers, each makes every n-th batch of the process."""
         worker = get_worker_info()
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         lane = (index + self._first) % workers  # the loader begins with its first worker, wherever the run is

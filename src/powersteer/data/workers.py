@@ -22,7 +22,7 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 _work: Callable[[Any], Any]
-"""Of this process."""
+"""What this process does with each item."""
 
 
 def in_processes(

@@ -96,7 +96,7 @@ def _moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _mmd2(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Of two sets (n, D) of one size."""
+    """The squared maximum mean discrepancy, estimated without bias, between two sets (n, D) of one size."""
     count, width = x.shape
 
     def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

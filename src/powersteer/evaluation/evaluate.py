@@ -57,7 +57,7 @@ from powersteer.training.heldout import HeldOut
 from powersteer.training.objective import noise_schedule
 
 FEWEST = 4
-"""Pictures."""
+"""The fewest pictures that can be measured."""
 LOSS_DRAWS = 4
 GRID_ROWS = 8
 SHOWN_SEEDS = 4
@@ -68,16 +68,17 @@ class EvaluateSettings(MeasureSettings):
 
     data: Path
     adapter: str | None = "sketch"
-    """Of any kind that `powersteer train` makes, the baselines among them; ``None`` evaluates the prior."""
+    """The network to evaluate, of any kind that `powersteer train` makes, the baselines among them; ``None`` evaluates
+    the prior."""
     base: str = EMBEDDED_BASE
     pairs: int | None = Field(default=None, ge=2, le=MAX_PICTURES)
-    """Of the held-out split, evenly spread; all of them by default."""
+    """How many pairs of the held-out split are used, evenly spread; all of them by default."""
     pictures: int = Field(default=120, ge=0, le=MAX_PICTURES)
-    """Of each kind; evenly spread over the pairs. None are made for 0."""
+    """How many pictures of each kind are made, evenly spread over the pairs; with 0, none."""
     draws: int = Field(default=8, gt=0, le=10_000)
-    """Of log-SNR and noise for each pair, for the information."""
+    """How many draws of log-SNR and noise each pair gets when the information is measured."""
     diversity: int = Field(default=4, ge=0, le=MAX_PICTURES)
-    """Conditions for which several seeds are drawn."""
+    """How many conditions get pictures from several seeds."""
     diversity_seeds: int = Field(default=8, ge=2, le=1000)
     seed: int = Field(default=0, ge=0, lt=2**31)
     num_inference_steps: int = Field(default=NUM_INFERENCE_STEPS, gt=0, le=MAX_STEPS)

@@ -232,7 +232,7 @@ def load_features(
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Of a module's weights, by their names and bytes."""
+    """The SHA-256 of a module's weights, by their names and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

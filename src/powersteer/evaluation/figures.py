@@ -27,7 +27,7 @@ class Value:
 
     @classmethod
     def mean(cls, values: torch.Tensor) -> Value:
-        """Of a figure for each picture (N,); NaN is none."""
+        """The mean of one number for each picture (N,), and its standard error; a picture with NaN is not counted."""
         values = values.double()
         values = values[~values.isnan()]
         if not len(values):

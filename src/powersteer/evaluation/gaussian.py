@@ -44,7 +44,7 @@ class Gaussian:
 
     @property
     def side(self) -> int:
-        """Of a picture, pixels."""
+        """The side of a picture, in pixels."""
         return round(len(self.variances) ** 0.5)
 
     @property
@@ -112,7 +112,7 @@ class Observation:
         return self._covariance(prior).diagonal().max().sqrt().item()
 
     def _covariance(self, prior: Gaussian) -> torch.Tensor:
-        """Of y: A Σ Aᵀ + τ²."""
+        """The covariance of y: A Σ Aᵀ + τ²."""
         seen = self.matrix @ prior.covariance @ self.matrix.T
         return seen + self.noise**2 * torch.eye(len(seen), dtype=torch.float64)
 

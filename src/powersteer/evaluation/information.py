@@ -29,14 +29,15 @@ from powersteer.training.heldout import Gap, HeldOut
 from powersteer.training.objective import noise_schedule
 
 UNIFORM_SHARE = 0.2
-"""Of the draws of log-SNR: no timestep's weight can grow beyond five times that of uniform draws."""
+"""The share of the draws that is uniform in log-SNR: no timestep's weight can grow beyond five times that of uniform
+draws."""
 NARROWEST = 0.5
-"""Scale of the logistic, in log-SNR: a pilot of few pairs may see less than there is."""
+"""The least scale of the logistic, in log-SNR: a pilot of few pairs may see less than there is."""
 BANDS = 8
 
 Kind = Literal["prior", "steered", "shuffled"]
 ErrorsOf = Callable[[Kind, torch.Tensor, int], torch.Tensor]
-"""Of a denoiser, at timesteps (draws, N), with the noise of a seed: its squared errors of ε a dimension, (draws, N).
+"""A function (kind of denoiser, timesteps (draws, N), seed of the noise) → squared errors of ε a dimension, (draws, N).
 The same seed gives all kinds the same noise."""
 
 
@@ -45,15 +46,16 @@ class LogSnr:
     """The schedule's timesteps as points of an integral over log-SNR, by the trapezoid rule."""
 
     timesteps: torch.Tensor
-    """(T,)."""
+    """The timesteps (T,)."""
     values: torch.Tensor
     """Log-SNR λ (T,), falling."""
     widths: torch.Tensor
-    """What each stands for (T,), in λ."""
+    """The width of λ that each timestep stands for (T,)."""
 
     @classmethod
     def of(cls, alphas_cumprod: torch.Tensor) -> LogSnr:
-        """Of ᾱ (T,); where nothing of the picture is left (zero terminal SNR), λ has no end and is left out."""
+        """Make it from ᾱ (T,). A timestep that leaves nothing of the picture (zero terminal SNR) is left out: its λ has
+        no end."""
         values = alphas_cumprod.double().logit()
         timesteps = values.isfinite().nonzero().flatten()
         values = values[timesteps]
@@ -94,7 +96,7 @@ class Information:
     """Where the gain comes from: log-SNR from, to, and the nats of ``steered`` between them."""
     pairs: int
     draws: int
-    """Of (log-SNR, noise), for each pair."""
+    """How many draws of (log-SNR, noise) each pair got."""
     seed: int
 
     def as_json(self) -> dict[str, Any]:

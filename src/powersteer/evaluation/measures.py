@@ -30,22 +30,23 @@ from powersteer.evaluation.lines import TOLERANCE, dark_lines, ink_scores, line_
 from powersteer.evaluation.paired import lpips, psnr, ssim
 
 Pictures = Mapping[str, torch.Tensor]
-"""By column, (N, 3, H, W), uint8: a quarter of the memory of floats."""
+"""The pictures of each column, (N, 3, H, W), uint8: a quarter of the memory of floats."""
 
 
 class MeasureSettings(StrictConfig):
     """How pictures are measured."""
 
     features: tuple[FeatureName, ...] | None = None
-    """Of the distances between distributions; ``clip`` by default, where there is one."""
+    """The features by which distributions of pictures are compared; ``clip`` by default, where there is one."""
     clip: str | None = None
     """A CLIP in transformers' format, or a base that has one; the base's own by default."""
     inception_weights: Path | None = None
     lpips: bool = False
     extractor: str | None = None
-    """Of `powersteer.conditions`, by name: finds edges or labels in pictures, to be compared with the condition's."""
+    """The name of an extractor of `powersteer.conditions`: it finds edges or labels in pictures, to be compared with
+    the condition's."""
     extractor_model: str | None = None
-    """Of an extractor that takes one."""
+    """The model that the extractor uses, if it takes one."""
     batch_size: int = Field(default=20, gt=0, le=10_000)
     """Pictures made, or measured, at once."""
 
@@ -95,7 +96,7 @@ def fidelity(
     """
 
     def each(measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> dict[str, Value]:
-        """Of a measure of pictures in [-1, 1] and conditions."""
+        """The mean, for each column, of a measure of pictures in [-1, 1] and conditions."""
         return {name: Value.mean(by_batch(measure, batch_size, x, conditions)) for name, x in pictures.items()}
 
     seen = {} if extractor is None else {"extractor": dict(extractor.record())}
@@ -145,7 +146,7 @@ def paired(pictures: Pictures, settings: MeasureSettings) -> list[Figure]:
     """Picture by picture, against the real ones."""
 
     def each(measure: Callable[..., torch.Tensor]) -> dict[str, Value]:
-        """Of a measure of pictures in [0, 1]."""
+        """The mean, for each column, of a measure of its pictures in [0, 1] and the real ones."""
 
         def scaled(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
             return measure((images + 1) / 2, (references + 1) / 2)

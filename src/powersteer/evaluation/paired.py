@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from powersteer.errors import PowersteerError
 
 WINDOW, SIGMA = 11, 1.5
-"""Of SSIM, in pixels."""
+"""Width and standard deviation of SSIM's Gaussian window, in pixels."""
 K1, K2 = 0.01, 0.03
 
 

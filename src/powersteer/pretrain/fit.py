@@ -62,7 +62,7 @@ class Session:
     """Step ``i`` draws from a generator seeded by (seed, i), so a resumed stage sees the same batches."""
     device: torch.device
     deadline: float | None = None
-    """Of `time.monotonic`: when the command's training ends."""
+    """The value of `time.monotonic`, in seconds, at which the command's training ends; None for no such end."""
     saved: Callable[[], None] = lambda: None
     """Called whenever a stage has written its weights."""
 

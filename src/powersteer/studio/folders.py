@@ -72,7 +72,7 @@ def make_room(folder: Path, most: int) -> None:
 
 
 def bytes_in(folder: Path) -> int:
-    """Of all files."""
+    """How many bytes all files in a folder have together."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 

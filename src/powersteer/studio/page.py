@@ -51,7 +51,7 @@ _WIDE: dict[str, Any] = {"min_width": 280}
 
 
 def theme() -> Any:
-    """Of the page: no font is fetched."""
+    """The theme of the page: no font is fetched."""
     return gr.themes.Soft(primary_hue="emerald", secondary_hue="emerald", font=_FONTS, font_mono=_MONO)
 
 

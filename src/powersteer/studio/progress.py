@@ -24,7 +24,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Progress:
-    """Of a wish under way."""
+    """How far a wish under way has come."""
 
     share: float
     preview: Image.Image | None = None

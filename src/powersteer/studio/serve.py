@@ -21,9 +21,9 @@ from powersteer.studio.uploads import MAX_PIXELS
 QUEUE = 32
 """Events that may wait; more are refused."""
 MAX_UPLOAD = 512_000_000
-"""Bytes."""
+"""The most bytes of one uploaded file."""
 _NAMES = ("127.0.0.1", "localhost", "[::1]")
-"""Of this machine."""
+"""The names by which this machine calls itself."""
 
 
 @contextmanager

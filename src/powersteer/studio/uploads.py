@@ -17,7 +17,7 @@ from powersteer.core.images import picture_formats, picture_suffixes
 from powersteer.errors import PowersteerError
 
 MAX_PIXELS = 50_000_000
-"""Of one picture: a camera's, not a bomb's."""
+"""The most pixels that one picture may have: enough for a camera's, too few for a decompression bomb's."""
 MAX_DRAWING_BYTES = 4_000_000
 MAX_DRAWING_SIDE = 1024
 MAX_FILES = 20_000
@@ -27,7 +27,7 @@ MAX_PACKING = 200
 """Times that a file may be smaller in its zip: drawings pack well, bombs a thousandfold."""
 _CHUNK = 1 << 20
 _SYSTEM = ("__MACOSX", ".DS_Store", "Thumbs.db")
-"""What operating systems put into zips."""
+"""Names that operating systems put into zips."""
 
 
 def check_picture(file: Path) -> None:

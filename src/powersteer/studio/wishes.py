@@ -13,14 +13,14 @@ from powersteer.errors import PowersteerError
 from powersteer.generate import Scheduler
 
 CONDITIONS = 3
-"""Canvases on the page."""
+"""How many canvases the page has."""
 MAX_IMAGES, MAX_STEPS = 8, 100
-"""Of one wish."""
+"""The most pictures, and the most denoising steps, that one wish may ask for."""
 MAX_SEED = 2**32 - 1
 LIVE_STEPS, LIVE_SCHEDULER = 6, "unipc"
-"""While drawing."""
+"""The denoising steps and the scheduler of pictures made while someone draws."""
 _MAX_WORDS = 4000
-"""Characters of a text."""
+"""The most characters of a text."""
 
 _Text = Annotated[str, Field(max_length=_MAX_WORDS)]
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -51,7 +51,7 @@ class Wish:
     guidance_scale: Annotated[float, Field(ge=1, le=100)] = 3.0
     scheduler: Scheduler | None = LIVE_SCHEDULER
     compare: bool = False
-    """With the prior, from the same noise."""
+    """Whether the prior's pictures, from the same noise, are made too."""
 
 
 class Extraction(StrictConfig):

@@ -50,11 +50,11 @@ CANVAS_SIDE = 512
 BATCH_SIZE = 4
 AS_IT_IS = "none: it is a drawing"
 KEPT_RESULTS = 200
-"""Folders; older ones make room."""
+"""The most folders of results that are kept; older ones make room."""
 KEPT_BYTES = 4_000_000_000
-"""Of what Gradio keeps of uploads and pictures; the oldest makes room."""
+"""The most bytes that Gradio may keep of uploads and pictures; the oldest file makes room."""
 KEPT_PRIORS = 64
-"""Pictures: while a drawing grows, the prior's stays as it is."""
+"""The most pictures of the prior that are kept: while a drawing grows, the prior's picture stays as it is."""
 _WIDEST = 1024
 """Pixels a side that an extractor is given at most."""
 
@@ -277,7 +277,7 @@ class Studio:
     def _line_scores(
         self, settings: GenerateSettings, conditions: list[torch.Tensor], images: list[Image.Image]
     ) -> list[float | None]:
-        """Of each picture; of icons only, whose lines are dark."""
+        """The line F1 of each picture; None for each unless they are icons, whose lines are dark."""
         if not images or self.base != EMBEDDED_BASE or [self.kind(name) for name in settings.adapter] != ["sketch"]:
             return [None] * len(images)
         found = torch.stack([from_pil(image) for image in images])

@@ -56,7 +56,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What each preset sets; a key that is given all the same wins."""
 
 TINY_LEARNING_RATE = 1e-3
-"""Of uniform weights on powersteer-tiny (docs/results.md), whose widths are a fifth of Stable Diffusion's."""
+"""The learning rate for uniform weights on powersteer-tiny (docs/results.md), whose widths are a fifth of Stable
+Diffusion's."""
 
 
 _BPS_KEYS = (
@@ -95,8 +96,9 @@ class TrainConfig(StrictConfig):
     trainable_weights: bool = False
     """Train the integration weights, one for each residual."""
     port_learning_rates: Literal["same", "head-heavy"] = "same"
-    """Of the output convolutions: ``head-heavy`` multiplies each one's rate by what its weight would be. AdamW's step
-    does not depend on the gradient's scale, so that a weight of 16 acts as a 16-fold rate too."""
+    """Learning rates of the output convolutions: ``head-heavy`` multiplies each one's rate by what its integration
+    weight would be. AdamW's step does not depend on the gradient's scale, so that a weight of 16 acts as a 16-fold rate
+    too."""
     hidden_channels: tuple[Width, ...] | None = None
     """Width of CP and TP at each level, instead of the shape's own."""
     up_channels: tuple[Width, ...] | None = None
@@ -105,10 +107,10 @@ class TrainConfig(StrictConfig):
     """Leave something out of the method, ControlNet (``no-latents``), or the condition of any network (``blind``):
     `powersteer.ablations`."""
     conditioning_channels: int | None = Field(default=None, gt=0, le=65536)
-    """1 (grey), 3 (RGB), 4 (RGBA: colour and structure), or a feature map's; by default what the data's
-    ``dataset.json`` says, else 1."""
+    """Channels of the condition: 1 (grey), 3 (RGB), 4 (RGBA: colour and structure), or a feature map's; by default what
+    the data's ``dataset.json`` says, else 1."""
     conditioning_kind: str | None = None
-    """By default what ``dataset.json`` says, else ``sketch``."""
+    """The kind of the conditions; by default what ``dataset.json`` says, else ``sketch``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
     train_data_dir: str | None = None
@@ -129,7 +131,7 @@ class TrainConfig(StrictConfig):
     max_train_samples: int | None = Field(default=None, gt=0, le=MAX_UPDATES)
     """Take only so many pairs, evenly spread."""
     resolution: Side | tuple[Side, Side] | None = None
-    """Pixels, or (height, width); the base's own by default."""
+    """The size of the pictures in pixels: the side of a square, or (height, width); the base's own by default."""
     aspect_ratio_buckets: bool = False
     """Train each picture at the size nearest in aspect ratio, of the area of ``resolution``."""
     random_flip: bool = False
@@ -137,7 +139,8 @@ class TrainConfig(StrictConfig):
     random_crops: int = Field(default=0, ge=0, le=10_000)
     """Cut each pair out at random in so many more ways."""
     smallest_crop: float = Field(default=0.8, gt=0, le=1)
-    """Of a side. Cut-outs are enlarged: lines grow thicker, by a fourth at 0.8."""
+    """The smallest side of a cut-out, as a share of the picture's. Cut-outs are enlarged: lines grow thicker, by a
+    fourth at 0.8."""
     cache_latents: bool = True
     """Encode pictures and captions once."""
     cache_dir: Path | None = None
@@ -145,33 +148,34 @@ class TrainConfig(StrictConfig):
     dataloader_num_workers: int = Field(default=0, ge=0, le=1024)
 
     proportion_empty_prompts: float = Field(default=0.1, ge=0, le=1)
-    """For classifier-free guidance."""
+    """The share of prompts that are left empty, for classifier-free guidance."""
     proportion_empty_conditions: float = Field(default=0.0, ge=0, le=1)
-    """So often the condition is blank: the network learns to leave the prior alone."""
+    """The share of conditions that are left blank: the network learns to leave the prior alone."""
     prompt_mix: bool = False
-    """The method's: a third ``fixed_prompt``, a third the generated caption, a third the own one (a half each where
-    one is missing), drawn afresh."""
+    """Mix the prompts as the method does: a third ``fixed_prompt``, a third the generated caption, a third the own one
+    (a half each where one is missing), drawn afresh."""
     fixed_prompt: str = "a high-quality, detailed, and professional image"
 
     output_dir: Path
     seed: int = Field(default=0, ge=0, lt=2**63)
     max_train_steps: int | None = Field(default=1500, gt=0, le=MAX_UPDATES)
-    """Optimizer updates. Of both, this decides; ``num_train_epochs`` given alone decides instead."""
+    """Optimizer updates. If both are given, this decides; ``num_train_epochs`` given alone decides instead."""
     num_train_epochs: int | None = Field(default=None, gt=0, le=MAX_UPDATES)
-    """Times that every pair comes."""
+    """How many times every pair is seen."""
     max_train_minutes: float | None = Field(default=None, gt=0, le=1e7)
-    """Stop at this time, if it comes before ``max_train_steps``."""
+    """Stop after so many minutes, if they are over before ``max_train_steps`` are done."""
     train_batch_size: int = Field(default=16, gt=0, le=65536)
-    """Samples a process and accumulation step."""
+    """Samples for each process and accumulation step."""
     gradient_accumulation_steps: int = Field(default=1, gt=0, le=65536)
     gradient_checkpointing: bool = False
-    """Half as fast again, in far less memory."""
+    """Compute activations again instead of keeping them: a step takes about half as long again, in far less memory."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """``auto``: bf16 where the hardware multiplies it natively. The trained weights stay in float32."""
+    """The precision to compute in; ``auto`` is bf16 where the hardware multiplies it natively. The trained weights stay
+    in float32."""
     learning_rate: float = Field(default=1e-4, gt=0, le=1e38)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     lr_warmup_steps: int = Field(default=50, ge=0, le=MAX_UPDATES)
-    """Counted in optimizer updates."""
+    """Optimizer updates over which the learning rate rises to its full value."""
     use_8bit_adam: bool = False
     """AdamW of bitsandbytes, where it is installed and there is a GPU."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -180,9 +184,9 @@ class TrainConfig(StrictConfig):
     adam_weight_decay: float = Field(default=0.01, ge=0, le=1000)
     max_grad_norm: float = Field(default=1.0, gt=0, le=1e12)
     ema_decay: float | None = Field(default=0.998, ge=0, lt=1)
-    """Of the weights' running average, which is what is validated and kept; null for none."""
+    """The decay of the weights' running average, which is what is validated and kept; null for no average."""
     log_snr_share: float = Field(default=0.0, ge=0, le=1)
-    """Of the timesteps, drawn evenly in log-SNR instead of in t: more of them see little noise, and so fine details."""
+    """Share of timesteps drawn evenly in log-SNR, not in t: more of them see little noise, and so fine details."""
     snr_gamma: float | None = Field(default=None, gt=0, le=1e12)
     """Min-SNR weighting of the loss; 5 is its authors' choice."""
 

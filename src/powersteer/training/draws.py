@@ -13,14 +13,14 @@ from powersteer.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Draws:
-    """Of one update's whole batch of N samples."""
+    """What chance decides for one update's whole batch of N samples."""
 
     timesteps: torch.Tensor
-    """(N,)."""
+    """The timestep of each sample, (N,)."""
     blank: torch.Tensor
-    """(N,): whether the condition is left out."""
+    """Whether each sample's condition is left out, (N,)."""
     prompt: torch.Tensor
-    """(N, 3), uniform in [0, 1): for `prompt_of`."""
+    """Random numbers from which `prompt_of` chooses, (N, 3), uniform in [0, 1)."""
 
 
 def draw(config: TrainConfig, step: int, count: int, probabilities: torch.Tensor) -> Draws:

@@ -36,12 +36,12 @@ class DryRun:
     """What `dry_run` found."""
 
     config: dict[str, Any]
-    """Resolved."""
+    """Every setting, with presets and defaults filled in."""
     facts: dict[str, Any]
     memory: MemoryEstimate
-    """Of one process."""
+    """The memory that one process needs."""
     free_memory: int
-    """Bytes, where it would run."""
+    """Free bytes where it would run: on the GPU, or else in main memory."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -31,7 +31,7 @@ class Gap:
 
     @classmethod
     def of(cls, difference: torch.Tensor) -> Gap:
-        """Of a difference (bands, N)."""
+        """Make it from a difference (bands, N), averaged over the bands."""
         by_pair = difference.nanmean(0)
         by_pair = by_pair[~by_pair.isnan()].double()
         if not len(by_pair):

@@ -62,7 +62,7 @@ FREE = frozenset(
 )
 """Keys that may change while a run goes on."""
 _UNTOLD = frozenset({"output_dir", "cache_dir", "preset", "resume_from_checkpoint", "report_to"})
-"""Of those, the ones whose change says nothing of the result."""
+"""The keys of `FREE` whose change says nothing of the result, and is not written down."""
 TOLD = ("precision", "processes", "readers")
 """Facts that may change: of the arithmetic, how many processes, and of a stream how many read it."""
 _CONTENT = {
@@ -76,16 +76,16 @@ _WORDS = {"batch": "the whole batch (train_batch_size × gradient_accumulation_s
 
 @dataclass(frozen=True)
 class Record:
-    """Of one run."""
+    """What one run was begun with, and how that has changed since."""
 
     settings: Mapping[str, Any]
-    """Of the last command."""
+    """The settings of the last command."""
     facts: Mapping[str, Any]
-    """See `FACTS` and `TOLD`."""
+    """What those settings come to, by the names in `FACTS` and `TOLD`."""
     changes: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
-    """Of settings and facts while it went on: the step, and (before, after) by name."""
+    """The changes of settings and facts while it went on: for each, the step, and (before, after) by name."""
     refitted: int | None = None
-    """Updates on all pairs, where that is done."""
+    """How many updates the finished refit on all pairs took; None where there was none."""
 
     @classmethod
     def of(cls, config: TrainConfig, facts: Mapping[str, Any]) -> Record:

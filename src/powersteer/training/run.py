@@ -51,11 +51,11 @@ class TrainResult:
     seconds: float
     """Time spent in the loop, over all its resumptions."""
     control_step: int | None
-    """When the condition was first seen to be used."""
+    """The step at which the condition was first seen to be used."""
     interrupted: bool
-    """Told to stop, be it in the last update."""
+    """Whether it was told to stop, be it in the last update."""
     main_process: bool = True
-    """Of several, the one that speaks."""
+    """Whether this process is the one of several that reports the result."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -143,7 +143,8 @@ def _facts(config: TrainConfig, pipe: Any, network: Adapter, processes: int, ste
 
 
 def _base_digests(pipe: Any) -> dict[str, Any]:
-    """Of the base, what a run depends on; not what another version of a library would say of it in other words."""
+    """What a run depends on in the base, mostly as digests; left out is what another version of a library would put in
+    other words."""
     named = ("unet", "vae", "text_encoder", "text_encoder_2")
     parts = {name: getattr(pipe, name, None) for name in named}
     tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]

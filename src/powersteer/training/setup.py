@@ -75,7 +75,8 @@ def autocast(device_type: str, mixed_precision: str) -> AbstractContextManager[A
 
 
 def base_dtype(mixed_precision: str, device_type: str) -> torch.dtype:
-    """Of the frozen U-Net: half where that halves its memory; a CPU's normalisations want all in one precision."""
+    """The number type of the frozen U-Net: half precision where that halves its memory; on a CPU float32, as its
+    normalisations want all in one precision."""
     return torch.float32 if device_type == "cpu" else autocast_dtype(mixed_precision)
 
 
@@ -111,13 +112,13 @@ def new_network(config: TrainConfig, pipe: Any) -> Adapter:
 
 
 _KINDS = {"controlnet": "ControlNetModel", "controlnet-xs": "ControlNetXSAdapter", "t2i-adapter": "ZeroStartT2IAdapter"}
-"""Classes of the baselines."""
+"""The class of each baseline."""
 _SHAPED = {
     "weights": ("down_weights", "mid_weight", "up_weight"),
     "network": ("output_kernel_size",),
     "ablation": (),
 }
-"""Of a BPS network's config, what a key decides; by default its namesake."""
+"""The entries of a BPS network's config that a key decides; a key that is missing here decides its namesake."""
 
 
 def _check_shape(config: TrainConfig, network: Adapter, pipe: Any) -> None:
@@ -158,7 +159,7 @@ def _plain(value: Any) -> Any:
 
 
 def network_arguments(config: TrainConfig, prediction_type: str, vae_scale_factor: int) -> dict[str, Any]:
-    """Of `powersteer.adapters.make_adapter`."""
+    """The arguments of `powersteer.adapters.make_adapter` for the network of a configuration."""
     given = conditioning(config)
     own_widths = {"hidden_channels": config.hidden_channels, "up_channels": config.up_channels}
     return {
@@ -237,7 +238,7 @@ def check_splits(config: TrainConfig) -> None:
 
 
 def conditioning(config: TrainConfig) -> Conditioning:
-    """Of the training pairs; see `conditioning_of`.
+    """The conditions of the training pairs; see `conditioning_of`.
 
     Raises:
         PowersteerError: Data and configuration, or training and held-out pairs, contradict each other, or feature maps

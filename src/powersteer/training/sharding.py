@@ -22,7 +22,7 @@ from powersteer.errors import PowersteerError
 from powersteer.training.config import TrainConfig
 
 _ZERO = "bit16_groups"
-"""Of DeepSpeed's optimizers: the parameters, as the run knows them."""
+"""The attribute that tells DeepSpeed's optimizers from others; it holds the parameters, as the run knows them."""
 
 
 class Whole:

@@ -28,7 +28,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "uniform": {"preset": "paper", "weights": "uniform"},
     "controlnet-no-latents": {"preset": "controlnet", "ablation": "no-latents"},
 }
-"""Of methods that are no presets."""
+"""The arguments that shape the networks of methods that are no presets."""
 HELD_OUT_SHARE, HELD_OUT_MOST, HELD_OUT_DRAWS = 0.2, 500, 1000
 """Pairs kept for early stopping, and the least number of draws made of them."""
 VALIDATE_UPDATES, PATIENCE = 100, 10
@@ -47,7 +47,8 @@ class Score:
 
     @property
     def share(self) -> float:
-        """Of the Bayes gap closed, over all timesteps: 0 is the exact prior, 1 the exact posterior, the limit."""
+        """The share of the Bayes gap that is closed, over all timesteps: 0 is the exact prior, 1 the exact posterior,
+        the limit."""
         return 1 - sum(self.excess) / sum(self.gap)
 
     @property

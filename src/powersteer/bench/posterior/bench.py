@@ -37,13 +37,13 @@ class Row:
     pairs: int
     seeds: int
     share: float
-    """Mean, over all timesteps."""
+    """The share closed over all timesteps, mean over the seeds."""
     error: float | None
     """Standard error of the mean; of one seed there is none."""
     share_by_band: list[float]
     parameters: int
     seconds: float
-    """Of training, mean."""
+    """Seconds that training took, mean over the seeds."""
 
 
 @dataclass(frozen=True)

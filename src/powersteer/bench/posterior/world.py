@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from powersteer.evaluation.gaussian import Gaussian, Observation, Posterior, gaussian_field, observation
 
 SIDE, LENGTH_PIXELS, EXPONENT, NOISE = 16, 4.0, 1.5, 0.1
-"""Of the field, and τ."""
+"""The field's side and correlation length in pixels, and its exponent; and the observation's noise τ."""
 BANDS = 4
 """Equal bands of timesteps."""
 DEVIATIONS = 4.0

@@ -58,7 +58,7 @@ def hub_table(name: str, config_name: str | None, split: str) -> Any:
 
 
 def table_rows(table: Any, where: str, columns: Columns, seen: Seen) -> Iterator[ReadRow]:
-    """Of a table; pictures stay encoded until they are asked for.
+    """The rows of a table, each as a function that reads it; pictures stay encoded until they are asked for.
 
     Raises:
         PowersteerError: A column of pictures is missing, or holds none.
@@ -98,7 +98,7 @@ def _no_column(column: str, there: list[str]) -> str:
 
 
 def _embedded(where: str, column: str, cells: Any, i: int) -> bytes:
-    """Of an undecoded picture: its bytes, or those of the file that it names."""
+    """The bytes of an undecoded picture, or of the file that it names."""
     try:
         cell: Any = cells[i][column]
     except Exception as error:

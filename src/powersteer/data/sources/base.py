@@ -31,7 +31,7 @@ class Loaded:
     content: bytes | None = None
     """The picture's file, where a copy of it would show the same: upright, 8 bits, RGB or grey."""
     suffix: str = ".png"
-    """Of the picture's file: what is not copied is written in the same format."""
+    """The suffix of the picture's file: a picture that is not copied is written in the same format."""
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ class _Marks:
     path: Path
     spans: tuple[Span, ...]
     names: Mapping[int, str]
-    """Of the categories."""
+    """The names of the categories, by id."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _labels(marks: tuple[_Marks, ...], size: tuple[int, int]) -> npt.NDArray[np.
 
 
 def _boxes(frame: Frame, marks: tuple[_Marks, ...], size: tuple[int, int]) -> tuple[Box, ...]:
-    """Of single things; a crowd's box says nothing of where one of them is."""
+    """The boxes of single things; a crowd's box says nothing of where one of them is."""
     boxes: list[Box] = []
     for mark in marks:
         for record in read_spans(mark.path, mark.spans):
