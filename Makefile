@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow check docs clean
+.PHONY: setup demo test test-slow check docs gpu-wheels gpu clean
 
 setup: $(READY)
 
@@ -34,6 +34,20 @@ check: $(READY)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What travels to a machine with a GPU and no network, into gpu/carry; SNAPSHOT: what an earlier run brought back.
+gpu-wheels: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[pretrain]" -c constraints.txt
+	$(BIN)/python gpu/pack.py $(if $(SNAPSHOT),--snapshot $(SNAPSHOT))
+
+# On that machine, with its own Python:  make gpu OUT=folder MINUTES=9 STAGES="check bench base"
+# To rehearse here:  make gpu OUT=folder DEVICE=cpu SCALE=tiny PYTHON=.venv/bin/python
+MINUTES ?= 9
+STAGES ?= check bench base
+DEVICE ?= cuda
+SCALE ?= full
+gpu:
+	$(PYTHON) gpu/run.py --out $(OUT) --minutes $(MINUTES) --stages $(STAGES) --device $(DEVICE) --scale $(SCALE)
 
 clean:
 	rm -rf .venv demo runs site

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,3 +33,15 @@ def rasterise(svg: str, size: int, background: str = "#ffffff", *, crisp: bool =
     )
     with Image.open(io.BytesIO(bytes(png))) as image:
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy()
+
+
+@dataclass(frozen=True)
+class Rasteriser:
+    """The work of a process that draws numbered SVGs, ``size`` pixels a side."""
+
+    size: int
+
+    def __call__(self, numbered: tuple[int, str]) -> tuple[int, np.ndarray[Any, Any]]:
+        """The number, and the picture (3, size, size) on white."""
+        place, svg = numbered
+        return place, rasterise(svg, self.size)

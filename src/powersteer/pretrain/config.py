@@ -20,8 +20,8 @@ class PretrainConfig(StrictConfig):
 
     output_dir: Path
     minutes: float | None = Field(default=None, ge=0, le=1e6)
-    """How long the whole command takes: the U-Net learns until then, if its ``steps`` do not come before. With 0 nothing
-    more is learned, and what was learned before becomes a base."""
+    """How long the whole command takes: the U-Net learns until then, if its ``steps`` do not come before. With 0
+    nothing more is learned, and what was learned before becomes a base."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     init_from: str | None = None
     """Go on from a finished base: its tokenizer, CLIP and VAE are taken as they are, its U-Net trained further."""

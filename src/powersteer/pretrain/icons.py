@@ -26,7 +26,7 @@ from powersteer.core.text import json_lines, parse_object, read_object, read_tex
 from powersteer.core.weights import read_tensors
 from powersteer.data.openmoji import plain_name
 from powersteer.data.pairs import Pairs
-from powersteer.data.svg import rasterise
+from powersteer.data.svg import Rasteriser
 from powersteer.data.workers import available, in_processes
 from powersteer.errors import PowersteerError
 
@@ -133,19 +133,20 @@ def build_icons(config: DataConfig, stage_dir: Path) -> None:
             raise PowersteerError(f"the pictures in {stage_dir} were drawn by another recipe: give another output_dir")
         return
     stage_dir.mkdir(parents=True, exist_ok=True)
-    pixels: list[Drawn] = []
     icons: list[Icon] = []
+    pictures: list[str | Drawn] = []
     notices: dict[str, Any] = {}
     for source in config.sources:
         notice: dict[str, Any] = {"use": source.use}
         if source.folder is not None:
-            drawn = _captioned(source.folder, config.resolution)
+            found = _captioned(source.folder, config.resolution)
         else:
             package = _fetch_package(str(source.package), stage_dir / "npm")
             notice |= _whose(package)
-            drawn = _packaged(source, package, config)
-        for name, picture in drawn:
-            pixels.append(picture)
+            slugs = _names(source, package, config.exclude_categories)
+            found = [(name, _svg(source, package, slug)) for slug, name in slugs.items()]
+        for name, picture in found:
+            pictures.append(picture)
             icons.append(
                 Icon(
                     name=name,
@@ -155,12 +156,27 @@ def build_icons(config: DataConfig, stage_dir: Path) -> None:
                     held_out=is_held_out(name, config.held_out_per_mille),
                 )
             )
-        notices[str(source.folder or source.package)] = {"pictures": len(drawn), **notice}
+        notices[str(source.folder or source.package)] = {"pictures": len(found), **notice}
+    pixels = _drawn(pictures, config.resolution)
     save_file({"pixels": torch.from_numpy(np.stack(pixels))}, stage_dir / "icons.safetensors")
     with (stage_dir / "icons.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(icon)) + "\n" for icon in icons)
     (stage_dir / "notices.json").write_text(json.dumps(notices, indent=2), encoding="utf-8")
     write_whole(mark, made_from.encode())
+
+
+def fetch_icons(config: DataConfig, stage_dir: Path) -> list[str]:
+    """Fetch the packages into ``stage_dir``; every name that is not held out, of all of them.
+
+    Raises:
+        PowersteerError: npm is missing, or a package cannot be fetched.
+    """
+    names: set[str] = set()
+    for source in config.sources:
+        if source.package is not None:
+            folder = _fetch_package(source.package, stage_dir / "npm")
+            names |= set(_names(source, folder, config.exclude_categories).values())
+    return sorted(name for name in names if not is_held_out(name, config.held_out_per_mille))
 
 
 def load_icons(stage_dir: Path) -> IconSet:
@@ -191,7 +207,7 @@ def is_held_out(name: str, per_mille: int) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000 < per_mille
 
 
-def _captioned(folder: Path, size: int) -> list[tuple[str, Drawn]]:
+def _captioned(folder: Path, size: int) -> list[tuple[str, str | Drawn]]:
     """Names and pictures of a folder."""
     pairs = Pairs(folder, (size, size))
     pictures = ((pairs[i][0] + 1) * 127.5 for i in range(len(pairs)))
@@ -199,24 +215,12 @@ def _captioned(folder: Path, size: int) -> list[tuple[str, Drawn]]:
     return [(name, picture.round().byte().numpy()) for name, picture in shown]
 
 
-def _packaged(source: IconSource, folder: Path, config: DataConfig) -> list[tuple[str, Drawn]]:
-    """Names and pictures of a package."""
-    slugs = _names(source, folder, config.exclude_categories)
-    svgs = [(name, _svg(source, folder, slug)) for slug, name in slugs.items()]
-    drawn = in_processes(partial(_Draw, config.resolution), enumerate(svgs), available() if len(svgs) > FEW else 1)
-    by_place = dict(track(drawn, str(source.package), total=len(svgs)))
-    return [(name, by_place[place]) for place, (name, _) in enumerate(svgs)]
-
-
-@dataclass(frozen=True)
-class _Draw:
-    """The work of a process that draws."""
-
-    size: int
-
-    def __call__(self, numbered: tuple[int, tuple[str, str]]) -> tuple[int, Drawn]:
-        place, (_, svg) = numbered
-        return place, rasterise(svg, self.size)
+def _drawn(pictures: Sequence[str | Drawn], size: int) -> list[Drawn]:
+    """Every SVG among the pictures drawn, on all cores."""
+    svgs = [(place, picture) for place, picture in enumerate(pictures) if isinstance(picture, str)]
+    made = in_processes(partial(Rasteriser, size), svgs, available() if len(svgs) > FEW else 1)
+    by_place = dict(track(made, "drawing", total=len(svgs)))
+    return [by_place[place] if isinstance(picture, str) else picture for place, picture in enumerate(pictures)]
 
 
 def _whose(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import re
 import tarfile
 from pathlib import Path
 
-from powersteer.core.files import read_bytes, write_whole
+from powersteer.core.files import read_bytes, reason_of, write_whole
 from powersteer.errors import PowersteerError
 from powersteer.pretrain.fit import WEIGHTS
 
@@ -35,38 +35,48 @@ def pack(root: Path, folder: Path) -> None:
     packed = content.getvalue()
     name = hashlib.sha256(packed).hexdigest()[:8]
     count = -(-len(packed) // PIECE_BYTES)
-    older = list(_pieces(folder))
     for i in range(count):
         piece = packed[i * PIECE_BYTES : (i + 1) * PIECE_BYTES]
         write_whole(folder / f"snapshot-{name}-{i + 1}-of-{count}", piece)
-    for piece in older:
-        if f"-{name}-" not in piece.name:
+    for piece in folder.glob("snapshot-*"):
+        if _PIECE.fullmatch(piece.name) and f"-{name}-" not in piece.name:
             piece.unlink()
 
 
+def newest(folder: Path) -> list[Path]:
+    """The pieces of the newest snapshot in a folder of which none is missing, in order; none where there is none.
+
+    Raises:
+        PowersteerError: There are pieces, and of every snapshot some are missing.
+    """
+    found: dict[str, dict[int, Path]] = {}
+    whole: dict[str, int] = {}
+    for piece in folder.glob("snapshot-*"):
+        said = _PIECE.fullmatch(piece.name)
+        if said is not None:
+            found.setdefault(said[1], {})[int(said[2])] = piece
+            whole[said[1]] = int(said[3])
+    complete = [name for name, pieces in found.items() if set(pieces) == set(range(1, whole[name] + 1))]
+    if found and not complete:
+        name, pieces = next(iter(found.items()))
+        missing = min(set(range(1, whole[name] + 1)) - set(pieces), default=0)
+        raise PowersteerError(f"{folder} lacks snapshot-{name}-{missing}-of-{whole[name]}")
+    latest = max(complete, key=lambda name: found[name][1].stat().st_mtime_ns, default=None)
+    return [] if latest is None else [found[latest][number] for number in sorted(found[latest])]
+
+
 def unpack(folder: Path, root: Path) -> None:
-    """Put the pieces of a folder together again: files that ``root`` already has are left as they are.
+    """Put the newest pieces of a folder together again: files that ``root`` already has are left as they are.
 
     Raises:
         PowersteerError: A piece is missing or damaged, or a file would lie outside of ``root``.
     """
-    by_name: dict[str, dict[int, Path]] = {}
-    counts: dict[str, int] = {}
-    for piece in _pieces(folder):
-        name, number, count = _parts(piece)
-        by_name.setdefault(name, {})[number] = piece
-        counts[name] = count
-    if not by_name:
+    pieces = newest(folder)
+    packed = b"".join(map(read_bytes, pieces))
+    if pieces and f"-{hashlib.sha256(packed).hexdigest()[:8]}-" not in pieces[0].name:
+        raise PowersteerError(f"{pieces[0]}, or another piece of it, is damaged: bring it again")
+    if not pieces:
         return
-    whole = [name for name, pieces in by_name.items() if sorted(pieces) == list(range(1, counts[name] + 1))]
-    if not whole:
-        name, pieces = next(iter(by_name.items()))
-        missing = next(number for number in range(1, counts[name] + 1) if number not in pieces)
-        raise PowersteerError(f"{folder} lacks snapshot-{name}-{missing}-of-{counts[name]}")
-    name = max(whole, key=lambda name: by_name[name][1].stat().st_mtime_ns)
-    packed = b"".join(read_bytes(by_name[name][number]) for number in sorted(by_name[name]))
-    if hashlib.sha256(packed).hexdigest()[:8] != name:
-        raise PowersteerError(f"a piece of snapshot-{name} in {folder} is damaged: bring it again")
     with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
         for member in tar:
             if (root / member.name).exists():
@@ -74,14 +84,4 @@ def unpack(folder: Path, root: Path) -> None:
             try:
                 tar.extract(member, root, filter="data")
             except (tarfile.TarError, OSError) as error:
-                raise PowersteerError(f"cannot unpack {member.name} of snapshot-{name}: {error}") from None
-
-
-def _pieces(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("snapshot-*")) if _PIECE.fullmatch(path.name)]
-
-
-def _parts(piece: Path) -> tuple[str, int, int]:
-    found = _PIECE.fullmatch(piece.name)
-    assert found is not None
-    return found[1], int(found[2]), int(found[3])
+                raise PowersteerError(f"cannot unpack {member.name} of {pieces[0]}: {reason_of(error)}") from None

@@ -80,9 +80,8 @@ def pretrain(config: PretrainConfig, snapshot: Path | None = None) -> Path:
     shutil.copy(root / "data" / "notices.json", base)
     # What is measured is what was written: the half-precision weights.
     written, (clip, tokenizer) = load_base(str(base)).to(device), load_clip(base)
-    metrics = evaluate_base(
-        written, torch.nn.Module.to(clip, device), tokenizer, icons, config.unet, base, root / "openmoji"
-    )
+    torch.nn.Module.to(clip, device)
+    metrics = evaluate_base(written, clip, tokenizer, icons, config.unet, base, root / "openmoji")
     console.print_json(json.dumps(metrics))
     return base
 
