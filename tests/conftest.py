@@ -47,18 +47,23 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
     return CLIPTokenizer(vocab, list(merges), model_max_length=12)
 
 
-def build_pipe() -> StableDiffusionPipeline:
+def build_unet(**change) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=24,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
+    shape = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 24,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**shape | change).eval()
+
+
+def build_pipe() -> StableDiffusionPipeline:
+    unet = build_unet()
     vae = AutoencoderKL(
         sample_size=32,
         block_out_channels=(8, 8, 8),
@@ -93,7 +98,7 @@ def build_pipe() -> StableDiffusionPipeline:
         vae.eval(),
         text_encoder.eval(),
         tokenizer,
-        unet.eval(),
+        unet,
         scheduler,
         None,
         None,
@@ -101,6 +106,34 @@ def build_pipe() -> StableDiffusionPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def by_hand(unet, network, sample, timestep, text, condition):
+    """What `attach` promises, without it: every row with a condition of its own, and residuals added one by one."""
+    condition = condition.repeat(len(sample) // len(condition), 1, 1, 1)
+    if not isinstance(network, BPSModel):
+        picture = condition.expand(-1, 3, -1, -1)
+        down, mid = network(sample, timestep, text, picture, return_dict=False)
+        return unet(
+            sample, timestep, text, down_block_additional_residuals=down, mid_block_additional_residual=mid
+        ).sample
+    steering = network(condition, unet.time_embedding(unet.time_proj(timestep.expand(len(sample)))))
+    added = [(layer, steering.mid) for layer in (*unet.mid_block.resnets, *unet.mid_block.attentions)]
+    for blocks, residuals in ((unet.down_blocks, iter(steering.down)), (unet.up_blocks, iter(steering.up))):
+        for block in blocks:
+            of_block = [next(residuals) for _ in block.resnets]
+            added += zip(block.resnets, of_block, strict=True)
+            added += zip(getattr(block, "attentions", []), of_block, strict=False)
+
+    def add(residual):
+        return lambda _, __, out: out + residual if isinstance(out, torch.Tensor) else (out[0] + residual,)
+
+    hooks = [layer.register_forward_hook(add(residual)) for layer, residual in added]
+    try:
+        return unet(sample, timestep, text).sample
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @pytest.fixture
