@@ -49,6 +49,8 @@ def main() -> int:
             tar.extractall(root / "data" / "npm", filter="data")
     if (given.carry / KEPT).exists():
         shutil.copy(given.carry / KEPT, root)
+    if (given.carry / "tokenizer").exists():
+        shutil.copytree(given.carry / "tokenizer", root / "tokenizer", dirs_exist_ok=True)
     for brought in (given.out, given.carry):
         if not newest(pieces):
             for piece in newest(brought):

@@ -14,7 +14,8 @@ from powersteer.config import load_config
 from powersteer.pretrain.config import PretrainConfig
 from powersteer.pretrain.icons import fetch_icons
 from powersteer.pretrain.snapshot import newest
-from powersteer.pretrain.teacher import KEPT, MiniLM, keep
+from powersteer.pretrain.teacher import KEPT, MiniLM, keep, load_teacher
+from powersteer.pretrain.text import train_tokenizer
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "configs" / "powersteer-small.yaml"
@@ -45,7 +46,7 @@ def main() -> None:
     (carry / "wheels").mkdir(parents=True)
     _wheels(carry / "wheels")
     config = load_config(RECIPE, PretrainConfig)
-    names = fetch_icons(config.data, work / "data")
+    icons = fetch_icons(config.data, work / "data")
     with tarfile.open(carry / "icons.tar.xz", "w:xz") as tar:
         for source in config.data.sources:
             package = str(source.package).rpartition("@")[0]
@@ -57,8 +58,10 @@ def main() -> None:
         shutil.copy(piece, carry)
     if not pieces:  # what was learned from the teacher is in the pieces
         if not (work / KEPT).exists():
-            keep(MiniLM(), names, work / KEPT)
+            keep(MiniLM(), [icon.name for icon in icons if not icon.held_out], work / KEPT)
         shutil.copy(work / KEPT, carry)
+        train_tokenizer(config.tokenizer, icons, load_teacher(work), work / "tokenizer")
+        shutil.copytree(work / "tokenizer", carry / "tokenizer")
     files = sorted(path for path in carry.rglob("*") if path.is_file())
     for path in files:
         print(f"{path.stat().st_size / 1e6:6.1f} MB  {path.relative_to(carry)}")

@@ -46,12 +46,12 @@ def main() -> int:
         for stage in given.stages:
             left = deadline - time.monotonic()
             seconds = min(STAGES[stage], (1.0 if stage == given.stages[-1] else SHARES[stage]) * left)
-            if seconds <= GRACE:
+            if seconds <= 2 * GRACE:
                 done[stage] = ("no time left", 0.0)
                 continue
             _say(log, f"== {stage}: {seconds:.0f} s")
             command = [sys.executable, str(HERE / f"{stage}.py"), "--out", str(out), "--device", given.device]
-            command += ["--scale", given.scale, "--seconds", f"{seconds - GRACE:.0f}"]
+            command += ["--scale", given.scale, "--seconds", f"{seconds - 2 * GRACE:.0f}"]
             if stage == "base":
                 command += ["--carry", str(given.carry.resolve()), "--work", str(work)]
             begun = time.monotonic()

@@ -32,6 +32,7 @@ from powersteer.pretrain.icons import (
     _names,
     build_icons,
     captions,
+    fetch_icons,
     is_held_out,
     load_icons,
 )
@@ -233,7 +234,8 @@ def test_teacher_embeddings_ignore_the_padding(teacher):
 
 def test_the_tokenizer_is_the_same_each_time_and_kept(icons_dir, teacher, tmp_path):
     build_icons(data_config(), icons_dir)
-    icons, config = load_icons(icons_dir), text.TokenizerConfig(vocab_size=700)
+    icons, config = fetch_icons(data_config(), icons_dir), text.TokenizerConfig(vocab_size=700)
+    assert icons == load_icons(icons_dir).icons
     first, *others = (
         text.train_tokenizer(config, icons, teacher, tmp_path / name) for name in ("first", "second", "third")
     )

@@ -151,9 +151,12 @@ def _controlnet(unet: Any, network: Any, rows: Rows) -> Iterator[Any]:
         inputs = {name: _as(given[name], network.dtype) for name in known if name in given}
         sample = given["sample"]  # (B, 4, h, w)
         down, mid = network(_as(sample, network.dtype), controlnet_cond=rows(len(sample)), **inputs, return_dict=False)
+        # What the U-Net's convolutions give, to which these are added: float32 would make all after it float32.
+        kind = sample.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else sample.dtype
         residuals = {
-            "down_block_additional_residuals": [residual.to(sample.dtype) for residual in down],
-            "mid_block_additional_residual": mid.to(sample.dtype),
+            "down_block_additional_residuals": [residual.to(dtype) for residual in down],
+            "mid_block_additional_residual": mid.to(dtype),
         }
         return args, kwargs | residuals
 

@@ -145,17 +145,8 @@ def build_icons(config: DataConfig, stage_dir: Path) -> None:
             notice |= _whose(package)
             slugs = _names(source, package, config.exclude_categories)
             found = [(name, _svg(source, package, slug)) for slug, name in slugs.items()]
-        for name, picture in found:
-            pictures.append(picture)
-            icons.append(
-                Icon(
-                    name=name,
-                    style=source.style,
-                    use=source.use,
-                    mirrored=not _NOT_MIRRORED.search(name),
-                    held_out=is_held_out(name, config.held_out_per_mille),
-                )
-            )
+        pictures += [picture for _, picture in found]
+        icons += [_icon(config, source, name) for name, _ in found]
         notices[str(source.folder or source.package)] = {"pictures": len(found), **notice}
     pixels = _drawn(pictures, config.resolution)
     save_file({"pixels": torch.from_numpy(np.stack(pixels))}, stage_dir / "icons.safetensors")
@@ -165,18 +156,19 @@ def build_icons(config: DataConfig, stage_dir: Path) -> None:
     write_whole(mark, made_from.encode())
 
 
-def fetch_icons(config: DataConfig, stage_dir: Path) -> list[str]:
-    """Fetch the packages into ``stage_dir``; every name that is not held out, of all of them.
+def fetch_icons(config: DataConfig, stage_dir: Path) -> list[Icon]:
+    """Fetch the packages into ``stage_dir``; what they show, undrawn, in the order of `build_icons`.
 
     Raises:
         PowersteerError: npm is missing, or a package cannot be fetched.
     """
-    names: set[str] = set()
+    icons: list[Icon] = []
     for source in config.sources:
         if source.package is not None:
             folder = _fetch_package(source.package, stage_dir / "npm")
-            names |= set(_names(source, folder, config.exclude_categories).values())
-    return sorted(name for name in names if not is_held_out(name, config.held_out_per_mille))
+            names = _names(source, folder, config.exclude_categories)
+            icons += [_icon(config, source, name) for name in names.values()]
+    return icons
 
 
 def load_icons(stage_dir: Path) -> IconSet:
@@ -205,6 +197,16 @@ def captions(name: str, style: str) -> list[str]:
 def is_held_out(name: str, per_mille: int) -> bool:
     """Whether a name is held out: decided by its hash, so the same for every source."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000 < per_mille
+
+
+def _icon(config: DataConfig, source: IconSource, name: str) -> Icon:
+    return Icon(
+        name=name,
+        style=source.style,
+        use=source.use,
+        mirrored=not _NOT_MIRRORED.search(name),
+        held_out=is_held_out(name, config.held_out_per_mille),
+    )
 
 
 def _captioned(folder: Path, size: int) -> list[tuple[str, str | Drawn]]:

@@ -67,7 +67,7 @@ def pretrain(config: PretrainConfig, snapshot: Path | None = None) -> Path:
     else:
         assert config.clip is not None and config.vae is not None  # see PretrainConfig
         teacher = load_teacher(root)
-        tokenizer = train_tokenizer(config.tokenizer, icons, teacher, root / "tokenizer")
+        tokenizer = train_tokenizer(config.tokenizer, icons.icons, teacher, root / "tokenizer")
         clip = train_clip(config.clip, icons, tokenizer, teacher, root / "clip", session)
         vae = train_vae(config.vae, icons, root / "vae", session)
     for part in (clip, vae):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
 from powersteer.config import StrictConfig
-from powersteer.pretrain.icons import IconSet, captions
+from powersteer.pretrain.icons import Icon, captions
 from powersteer.pretrain.teacher import Teacher
 
 MAX_TOKENS = 24
 """Length of every prompt, start and end tokens included."""
+_BATCH = 2000
+"""Texts at a time: the time that the library takes grows faster than their number."""
 
 
 class TokenizerConfig(StrictConfig):
@@ -28,9 +31,9 @@ class TokenizerConfig(StrictConfig):
     """How often an icon's caption counts against a word of the teacher's vocabulary."""
 
 
-def train_tokenizer(config: TokenizerConfig, icons: IconSet, teacher: Teacher, stage_dir: Path) -> CLIPTokenizer:
+def train_tokenizer(config: TokenizerConfig, icons: Sequence[Icon], teacher: Teacher, stage_dir: Path) -> CLIPTokenizer:
     """Learn the vocabulary from all training captions and the teacher's whole words; once, for ids must not change."""
-    names = {(icon.name, icon.style) for icon in icons.icons if not icon.held_out}
+    names = {(icon.name, icon.style) for icon in icons if not icon.held_out}
     corpus = [caption for name, style in sorted(names) for caption in captions(name, style)]
     lines = [*teacher.words(), *corpus * config.icon_weight]
     made_from = hashlib.sha256("\n".join([str(config), *lines]).encode()).hexdigest()
@@ -54,5 +57,6 @@ def train_tokenizer(config: TokenizerConfig, icons: IconSet, teacher: Teacher, s
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     """Token ids (B, 24), padded and cut as Stable Diffusion's pipelines do."""
-    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-    return batch.input_ids
+    rules: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS}
+    parts = (texts[i : i + _BATCH] for i in range(0, len(texts), _BATCH))
+    return torch.cat([tokenizer(part, return_tensors="pt", **rules).input_ids for part in parts])
