@@ -1,15 +1,23 @@
-"""What every bench shares: U-Nets of known shapes on random weights, the other control networks."""
+"""What every bench shares: U-Nets and VAEs of known shapes on random weights, the other control networks."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import copy
+import inspect
+from typing import Any, Literal, TypeVar
 
 import torch
-from diffusers import T2IAdapter, UNet2DConditionModel
+from diffusers import AutoencoderKL, T2IAdapter, UNet2DConditionModel
+from torch import nn
 
-from powersteer.base import load_base
+from powersteer.base import EMBEDDED_BASE, base_configs
+from powersteer.model import BPSModel
 
 Shape = Literal["tiny", "sd15", "sdxl"]
+Network = TypeVar("Network", bound=nn.Module)
+
+ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""Whether torch keeps what it compiled of one module apart from what it compiled of others of its class."""
 
 _SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
 _SDXL: dict[str, Any] = {
@@ -25,16 +33,47 @@ _SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
 
 
 def make_unet(shape: Shape) -> tuple[UNet2DConditionModel, int]:
     """The U-Net and the VAE's scale factor."""
     if shape != "tiny":
         return UNet2DConditionModel(**(_SDXL if shape == "sdxl" else _SD15)), 8
-    pipe = load_base()
+    configs = base_configs(EMBEDDED_BASE)
     # Without the text in its time embedding, which ControlNet-XS knows for SDXL only.
-    config: dict[str, Any] = {**pipe.unet.config, "addition_embed_type": None}
-    return UNet2DConditionModel(**{k: v for k, v in config.items() if not k.startswith("_")}), pipe.vae_scale_factor
+    unet = UNet2DConditionModel(**_given(configs["unet"] | {"addition_embed_type": None}))
+    return unet, 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+
+
+def make_vae(shape: Shape) -> AutoencoderKL:
+    """The VAE: Stable Diffusion's, or the embedded base's."""
+    return AutoencoderKL(**(_given(base_configs(EMBEDDED_BASE)["vae"]) if shape == "tiny" else _VAE))
+
+
+def make_bps(unet: UNet2DConditionModel, factor: int, preset: Any) -> BPSModel:
+    """A steering network without zeros: its zero-initialised convolutions are random, so that nothing is skipped."""
+    model = BPSModel.from_unet(unet, pixel_unshuffle=factor, preset=preset)
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def twin(unet: Network) -> Network:
+    """The same U-Net again: parameters shared, hooks and compiled code its own."""
+    return copy.deepcopy(unet, {id(parameter): parameter for parameter in unet.parameters()})
+
+
+def compile_in_place(module: nn.Module) -> None:
+    """Let ``torch.compile`` have the module at its first call, for the shapes it is given then."""
+    module.compile(dynamic=False, **({"isolate_recompiles": True} if ISOLATES else {}))
 
 
 def make_t2i_adapter(unet: UNet2DConditionModel, factor: int, shape: Shape) -> T2IAdapter:
@@ -46,7 +85,5 @@ def make_t2i_adapter(unet: UNet2DConditionModel, factor: int, shape: Shape) -> T
     return T2IAdapter(1, channels, downscale_factor=(1 + plain_head) * factor, adapter_type=kind)
 
 
-def wait(device: str) -> None:
-    """Until the device has done what it was given."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+def _given(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if not name.startswith("_")}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from powersteer.cli.help import Commands
+from powersteer.cli.lines import Lines, shown, shown_time
 from powersteer.cli.output import err, out, show, show_json, write_json
 from powersteer.errors import PowersteerError
 
@@ -22,76 +23,166 @@ app = typer.Typer(
 )
 
 
+_Shape = Annotated[str, typer.Option(help="tiny (64 px), sd15 (512 px) or sdxl (1024 px).")]
+_Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
+_Frozen = Annotated[str, typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16 or float16.")]
+_Rounds = Annotated[int, typer.Option(min=1, help="Turns that are counted.")]
+_Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A row to measure beside the first, as ControlNet or bps-paper; may be repeated; all by default."
+    ),
+]
+_Compile = Annotated[
+    bool, typer.Option("--compile", help="torch.compile the U-Net before it is steered, and the networks beside it.")
+]
+_JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")]
+_JsonRows = Annotated[
+    Path | None, typer.Option("--json", help="Write the figures here too, anew whenever a row is done.")
+]
+
+
 @app.command("steering")
 def bench_steering(
-    shape: Annotated[str, typer.Option(help="tiny (64 px), sd15 (512 px) or sdxl (1024 px).")] = "sd15",
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns that are counted.")] = 5,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    shape: _Shape = "sd15",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures; guidance makes the U-Net's batch twice that.")] = 1,
+    device: _Device = "cpu",
+    dtype: _Frozen = "float32",
+    compiled: _Compile = False,
+    only: _Only = None,
+    rounds: _Rounds = 5,
+    json_file: _JsonRows = None,
 ) -> None:
     """What a denoising step costs under steering, as a ratio to a bare U-Net's, on random weights."""
+    from powersteer.bench.steering import WAYS, SteeringBench
     from powersteer.bench.steering import bench_steering as run
+    from powersteer.bench.turns import chosen
 
-    result = run(_shape(shape), device=_device(device), dtype=_dtype(dtype), rounds=rounds)
-    table = Table("one step, guidance batch of 2", "ratio", "seconds", "parameters", "extra peak memory", "plan a step")
-    for row in result.rows:
-        plan = f"{row.plan_bytes / 1e6:.0f} MB" if row.plan_bytes else ""
-        table.add_row(
+    settings: dict[str, Any] = {
+        "shape": _shape(shape),
+        "device": _device(device),
+        "dtype": _dtype(dtype),
+        "rounds": rounds,
+    }
+    names = chosen(list(WAYS), only or ())
+    headings = ["ratio", "time", "parameters", "extra memory", "plan", *["waits"] * _is_cuda(device)]
+    lines = Lines(f"a step, guidance batch of {2 * batch_size}", names, *headings)
+
+    def on_row(result: SteeringBench) -> None:
+        row = result.rows[-1]
+        lines.show(
             row.name,
-            f"{row.ratio:.3f}",
-            f"{row.seconds:.3f}",
-            f"{row.parameters / 1e6:.1f} M",
-            f"{row.extra_peak_memory / 1e6:.0f} MB",
-            plan,
+            row.error or shown(row.ratio, digits=3),
+            shown_time(row.seconds),
+            shown(row.parameters, 1e-6, 1, "M"),
+            shown(row.extra_peak_memory, 1e-6, 0, "MB"),
+            shown(row.plan_bytes, 1e-6, 1, "MB"),
+            shown(row.device_waits),
         )
-    out.print(table)
-    out.print(f"{result.shape}, {result.pixels} px, {result.dtype}, median of {result.rounds}; {result.machine}")
-    write_json(json_file, result.as_json())
+        write_json(json_file, result.as_json())
+
+    result = run(batch_size=batch_size, compiled=compiled, only=only or (), on_row=on_row, **settings)
+    show(f"{result.shape}, {result.pixels} px, {result.dtype}, median of {result.rounds}; {result.machine}")
 
 
 @app.command("train")
 def bench_train(
-    shape: Annotated[str, typer.Option(help="tiny (64 px), sd15 (512 px) or sdxl (1024 px).")] = "sd15",
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32, bfloat16 or float16.")] = "float32",
+    shape: _Shape = "sd15",
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 1,
+    device: _Device = "cpu",
+    dtype: _Frozen = "float32",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="In U-Net and network.")
     ] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns.")] = 3,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    only: _Only = None,
+    rounds: _Rounds = 3,
+    json_file: _JsonRows = None,
 ) -> None:
     """What a training step costs beside ControlNet's and T2I-Adapter's, on random weights; and what the cache saves."""
+    from powersteer.bench.train import METHODS, TrainBench
     from powersteer.bench.train import bench_train as run
+    from powersteer.bench.turns import chosen
 
-    result = run(
-        _shape(shape),
-        device=_device(device),
-        precision=_dtype(dtype),
-        batch_size=batch_size,
-        gradient_checkpointing=gradient_checkpointing,
-        rounds=rounds,
+    settings: dict[str, Any] = {
+        "shape": _shape(shape),
+        "device": _device(device),
+        "precision": _dtype(dtype),
+        "rounds": rounds,
+    }
+    names, headings = (
+        chosen(METHODS, only or ()),
+        ("ratio", "time", "pictures/s", "trained", "peak memory", "estimated"),
     )
-    table = Table(f"training step, batch {batch_size}", "ratio", "seconds", "trained", "peak memory", "estimated")
-    for row in result.rows:
-        estimate = f"{row.estimated_memory / 1e9:.2f} GB" if row.estimated_memory else ""
-        table.add_row(
+    lines = Lines(f"training step, batch {batch_size}", names, *headings)
+
+    def on_row(result: TrainBench) -> None:
+        row = result.rows[-1]
+        lines.show(
             row.name,
-            f"{row.ratio:.3f}",
-            f"{row.seconds:.3f}",
-            f"{row.parameters / 1e6:.1f} M",
-            f"{row.peak_memory / 1e9:.2f} GB",
-            estimate,
+            row.error or shown(row.ratio, digits=3),
+            shown_time(row.seconds),
+            shown(row.pictures_per_second, digits=2),
+            shown(row.parameters, 1e-6, 1, "M"),
+            shown(row.peak_memory, 1e-9, 2, "GB"),
+            shown(row.estimated_memory, 1e-9, 2, "GB"),
         )
-    out.print(table)
-    out.print(f"{result.shape}, {result.pixels} px, {result.precision}, median of {result.rounds}; {result.machine}")
+        write_json(json_file, result.as_json())
+
+    settings |= {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing, "only": only or ()}
+    result = run(on_row=on_row, **settings)
+    show(f"{result.shape}, {result.pixels} px, {result.precision}, median of {result.rounds}; {result.machine}")
     for epochs in result.epochs:
-        out.print(
+        show(
             f"an epoch of {epochs.pairs} pairs, files of {epochs.stored} px: {epochs.cached:.2f} s cached, "
             f"{epochs.uncached:.2f} s not, {epochs.ratio:.2f} times as long"
         )
     write_json(json_file, result.as_json())
+
+
+@app.command("generate")
+def bench_generate(
+    shape: _Shape = "sd15",
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Pictures made at once; may be repeated.", show_default="1 and 8")
+    ] = None,
+    num_inference_steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 30,
+    device: _Device = "cpu",
+    dtype: _Frozen = "float32",
+    compiled: _Compile = False,
+    only: _Only = None,
+    rounds: _Rounds = 3,
+    json_file: _JsonRows = None,
+) -> None:
+    """How many pictures a second whole pipelines make, steered and bare, on random weights."""
+    from powersteer.bench.generate import WAYS, GenerateBench
+    from powersteer.bench.generate import bench_generate as run
+    from powersteer.bench.turns import chosen
+
+    settings: dict[str, Any] = {
+        "shape": _shape(shape),
+        "device": _device(device),
+        "dtype": _dtype(dtype),
+        "rounds": rounds,
+    }
+    names = chosen(list(WAYS), only or ())
+    headings = ["batch", "ratio", "time", "pictures/s", *["peak memory"] * _is_cuda(device)]
+    lines = Lines(f"{num_inference_steps} step{'s' * (num_inference_steps > 1)} and decoding", names, *headings)
+
+    def on_row(result: GenerateBench) -> None:
+        row = result.rows[-1]
+        lines.show(
+            row.name,
+            str(row.batch_size),
+            row.error or shown(row.ratio, digits=3),
+            shown_time(row.seconds),
+            shown(row.pictures_per_second, digits=3),
+            shown(row.peak_memory, 1e-9, 2, "GB"),
+        )
+        write_json(json_file, result.as_json())
+
+    settings |= {"num_inference_steps": num_inference_steps, "compiled": compiled, "only": only or ()}
+    result = run(batch_sizes=batch_size or (1, 8), on_row=on_row, **settings)
+    show(f"{result.shape}, {result.pixels} px, {result.dtype}, median of {result.rounds}; {result.machine}")
 
 
 @app.command("prepare")
@@ -99,7 +190,7 @@ def bench_prepare(
     task: Annotated[str | None, typer.Option(help="Of this task only.")] = None,
     pictures: Annotated[int, typer.Option(min=8, help="So many for each extractor.")] = 64,
     side: Annotated[int, typer.Option(min=16, help="Of each picture, pixels.")] = 512,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    json_file: _JsonFile = None,
 ) -> None:
     """How many pictures a second each extractor makes pairs of, with one process and with two."""
     from powersteer.bench.prepare import bench_prepare as run
@@ -189,11 +280,17 @@ def _device(device: str) -> str:
     return device
 
 
+def _is_cuda(device: str) -> bool:
+    from powersteer.bench.turns import is_cuda
+
+    return is_cuda(device)
+
+
 @app.command("studio")
 def bench_studio(
     strokes: Annotated[int, typer.Option(min=1, help="That are counted.")] = 12,
     chromium: Annotated[Path, typer.Option(help="The browser.")] = Path("/usr/bin/chromium"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    json_file: _JsonFile = None,
 ) -> None:
     """Seconds from the end of a stroke to its picture, drawn in a headless Chromium."""
     from powersteer.bench.studio import bench_studio as run
