@@ -16,20 +16,20 @@ from typing import Any
 FULL = {
     "sd15": "steering --shape sd15 --rounds 5",
     "sd15-train": "train --shape sd15 --batch-size 16 --rounds 2",
-    "sd15-generate": "generate --shape sd15 --batch-size 1 --batch-size 8 --rounds 2",
-    "sd15-compiled": "steering --shape sd15 --rounds 5 --compile",
     "sdxl": "steering --shape sdxl --rounds 3",
     "sd15-train-checkpointing": "train --shape sd15 --batch-size 16 --rounds 2 --gradient-checkpointing",
-    "sdxl-generate": "generate --shape sdxl --batch-size 1 --batch-size 8 --rounds 1",
-    "sdxl-compiled": "steering --shape sdxl --rounds 3 --compile",
+    "sd15-generate": "generate --shape sd15 --rounds 1 --only bps-paper --only controlnet",
+    "sd15-compiled": "steering --shape sd15 --rounds 5 --compile --only bps-paper-warm-plan",
+    "sdxl-generate": "generate --shape sdxl --batch-size 1 --rounds 1 --only bps-paper",
+    "sdxl-compiled": "steering --shape sdxl --rounds 3 --compile --only bps-paper-warm-plan",
 }
 """Bench commands by name, the ones wanted most first."""
 TINY = {
     "tiny": "steering --shape tiny --rounds 1",
-    "tiny-train": "train --shape tiny --batch-size 2 --rounds 1",
+    "tiny-train": "train --shape tiny --batch-size 2 --rounds 1 --only bps-lite",
     "tiny-generate": "generate --shape tiny --batch-size 1 --num-inference-steps 2 --rounds 1",
-    "tiny-compiled": "steering --shape tiny --rounds 1 --compile --only bps-lite-warm-plan",
 }
+"""Without ``torch.compile``, which takes minutes on a CPU."""
 GRACE = 5.0
 """Seconds from asking a command to end until it is killed."""
 
