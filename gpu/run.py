@@ -21,7 +21,11 @@ STAGES = {"check": 60.0, "bench": 180.0, "base": float("inf")}
 SHARES = {"check": 0.15, "bench": 0.4, "base": 1.0}
 """The most that each takes of the time that is left."""
 GRACE = 15.0
-"""Seconds from asking a stage to end until it is killed."""
+"""Seconds before its limit at which a stage is to end of itself."""
+LAST = 5.0
+"""Seconds before its limit at which one that has not is asked to; at the limit it is killed."""
+PATIENCE = 5
+"""A rehearsal on a CPU has so many times a stage's limit."""
 NEEDED = {
     "diffusers": "diffusers",
     "pydantic": "pydantic",
@@ -45,13 +49,14 @@ def main() -> int:
     with (out / "log.txt").open("a", encoding="utf-8") as log:
         for stage in given.stages:
             left = deadline - time.monotonic()
-            seconds = min(STAGES[stage], (1.0 if stage == given.stages[-1] else SHARES[stage]) * left)
-            if seconds <= 2 * GRACE:
+            limit = STAGES[stage] * (PATIENCE if given.scale == "tiny" else 1)
+            seconds = min(limit, (1.0 if stage == given.stages[-1] else SHARES[stage]) * left)
+            if seconds <= GRACE:
                 done[stage] = ("no time left", 0.0)
                 continue
             _say(log, f"== {stage}: {seconds:.0f} s")
             command = [sys.executable, str(HERE / f"{stage}.py"), "--out", str(out), "--device", given.device]
-            command += ["--scale", given.scale, "--seconds", f"{seconds - 2 * GRACE:.0f}"]
+            command += ["--scale", given.scale, "--seconds", f"{seconds - GRACE:.0f}"]
             if stage == "base":
                 command += ["--carry", str(given.carry.resolve()), "--work", str(work)]
             begun = time.monotonic()
@@ -124,7 +129,7 @@ def _run(command: list[str], environment: dict[str, str], seconds: float, log: I
     copying = threading.Thread(target=copy, daemon=True)
     copying.start()
     how = ""
-    for limit, sent in ((seconds - GRACE, signal.SIGINT), (GRACE, signal.SIGKILL)):
+    for limit, sent in ((seconds - LAST, signal.SIGINT), (LAST, signal.SIGKILL)):
         try:
             process.wait(limit)
             break
