@@ -43,9 +43,9 @@ class Row:
     """A batch, median."""
     pictures_per_second: float | None = None
     ratio: float | None = None
-    """Of the seconds to the bare pipeline's of the same round, median."""
+    """Its seconds over the bare pipeline's in the same round, median."""
     warm_up_seconds: float | None = None
-    """Of the first batch, which compiles, and fills the plan."""
+    """Seconds of the first batch, which compiles, and fills the plan."""
     peak_memory: int | None = None
     """Bytes of everything at their peak; None on the CPU."""
     error: str | None = None

@@ -51,7 +51,7 @@ class Row:
     plan_bytes: int | None = None
     """What a plan keeps for this timestep."""
     warm_up_seconds: float | None = None
-    """Of the first step, which compiles and fills the plan."""
+    """Seconds of the first step, which compiles and fills the plan."""
     device_waits: int | None = None
     """How many times a step makes the CPU wait for the GPU; None on the CPU."""
     error: str | None = None

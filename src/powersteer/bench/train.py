@@ -166,7 +166,7 @@ class _Scene:
 
     @property
     def side(self) -> int:
-        """Of the latents."""
+        """Latents along each side."""
         return self.unet.config["sample_size"]
 
     @property
