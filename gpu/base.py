@@ -71,13 +71,13 @@ def main() -> int:
 
 
 def _bring_back(pieces: Path, out: Path, root: Path) -> None:
-    """Copy the newest pieces in the place of older ones, and what the stages wrote of themselves."""
+    """Write down what the stages say of themselves, and copy the newest pieces in the place of older ones."""
+    (out / "base.json").write_text(json.dumps(_written(root), indent=2) + "\n", encoding="utf-8")
     fresh = newest(pieces)
     for piece in set(out.glob("snapshot-*")) - {out / one.name for one in fresh}:
         piece.unlink()
     for piece in fresh:
         shutil.copy(piece, out)
-    (out / "base.json").write_text(json.dumps(_written(root), indent=2) + "\n", encoding="utf-8")
 
 
 def _written(root: Path) -> dict[str, Any]:

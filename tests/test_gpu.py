@@ -10,7 +10,6 @@ import json
 import math
 import os
 import signal
-import warnings
 
 import accelerate
 import pytest
@@ -23,6 +22,7 @@ from conftest import build_unet, by_hand, randomise
 from powersteer import BPSModel, SteeringPlan, steer
 from powersteer.adapters import attach, make_adapter
 from powersteer.bench.shapes import make_unet
+from powersteer.bench.turns import device_waits
 from powersteer.training import loop
 from powersteer.training.memory import estimate_memory
 from powersteer.training.run import train
@@ -30,7 +30,7 @@ from powersteer.training.setup import autocast, base_dtype
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product: without it, sums in any order
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread")]
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 ROUNDING = 1e-4
@@ -41,15 +41,6 @@ ROUNDING = 1e-4
 def device():
     default = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(os.environ.get("POWERSTEER_TEST_DEVICE") or default)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Steps this small gain nothing from a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -397,18 +388,6 @@ def test_sparing_ways_to_train(device, config, record_property, change):
 # Cost
 
 
-def waits_of(call):
-    """How often the host waits for the device within a call."""
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in told)
-
-
 @torch.no_grad()
 def test_how_often_a_step_waits_for_the_device(device, pipe, model, drawing, record_property):
     needs_gpu(device, "counting waits")
@@ -421,18 +400,18 @@ def test_how_often_a_step_waits_for_the_device(device, pipe, model, drawing, rec
         return unet(*given)
 
     denoise()
-    bare = waits_of(denoise)
+    bare = device_waits(denoise, "cuda")
     record_property("waits_of_the_bare_unet", bare)
     plans = {"device_waits": SteeringPlan(), "device_waits_plan_on_cpu": SteeringPlan(device="cpu")}
     for name, plan in {**plans, "device_waits_without_a_plan": None}.items():
         with steer(unet, model, drawing, plan=plan):
             denoise()
-            steered = waits_of(denoise)
+            steered = device_waits(denoise, "cuda")
         record_property(name, steered - bare)
         assert steered >= bare
     with steer(unet, model, drawing, plan=plans["device_waits"]):
-        record_property("device_waits_of_a_block's_first_step", waits_of(denoise) - bare)
-    record_property("device_waits_of_opening_a_block", waits_of(steer(unet, model, drawing).__enter__))
+        record_property("device_waits_of_a_block's_first_step", device_waits(denoise, "cuda") - bare)
+    record_property("device_waits_of_opening_a_block", device_waits(steer(unet, model, drawing).__enter__, "cuda"))
 
 
 def library_memory(device):

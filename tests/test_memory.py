@@ -14,16 +14,8 @@ from powersteer.hardware import fast_attention
 from powersteer.memory import TensorBytes
 from powersteer.training.memory import estimate_memory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NETWORK = {"pixel_unshuffle": 4, "conditioning_channels": 3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Steps this small gain nothing from a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
