@@ -12,8 +12,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from powersteer.pretrain.snapshot import newest
-from powersteer.pretrain.teacher import KEPT
+from powersteer.apps.pretrain.snapshot import newest
+from powersteer.apps.pretrain.teacher import KEPT
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "configs" / "powersteer-small.yaml"
@@ -56,7 +56,7 @@ def main() -> int:
             for piece in newest(brought):
                 shutil.copy(piece, pieces)
 
-    command = [sys.executable, "-m", "powersteer.cli", "pretrain", str(RECIPE), "--snapshot", str(pieces)]
+    command = [sys.executable, "-m", "powersteer.apps.cli", "pretrain", str(RECIPE), "--snapshot", str(pieces)]
     command += [f"output_dir={root}", f"minutes={given.seconds / 60}", *(TINY if given.scale == "tiny" else ())]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if given.device == "cpu" else {}
     process = subprocess.Popen(command, env={**os.environ, **hidden})

@@ -69,7 +69,7 @@ def _measured(command: list[str], seconds: float) -> tuple[str, dict[str, Any] |
     """How a command ended, and the rows that it had written by then."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
-        process = subprocess.Popen([sys.executable, "-m", "powersteer.cli", *command, "--json", str(file)])
+        process = subprocess.Popen([sys.executable, "-m", "powersteer.apps.cli", *command, "--json", str(file)])
         try:
             state = "whole" if process.wait(seconds) == 0 else "failed"
         except subprocess.TimeoutExpired:

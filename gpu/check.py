@@ -176,7 +176,7 @@ class Record:
         """What is measured, and on what."""
         import torch
 
-        from powersteer.hardware import machine
+        from powersteer.core.hardware import machine
 
         return {"machine": machine(self.device), "torch": torch.__version__, "diffusers": version("diffusers")}
 

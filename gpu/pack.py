@@ -10,12 +10,12 @@ import sys
 import tarfile
 from pathlib import Path
 
-from powersteer.config import load_config
-from powersteer.pretrain.config import PretrainConfig
-from powersteer.pretrain.icons import fetch_icons
-from powersteer.pretrain.snapshot import newest
-from powersteer.pretrain.teacher import KEPT, MiniLM, keep, load_teacher
-from powersteer.pretrain.text import train_tokenizer
+from powersteer.apps.pretrain.config import PretrainConfig
+from powersteer.apps.pretrain.icons import fetch_icons
+from powersteer.apps.pretrain.snapshot import newest
+from powersteer.apps.pretrain.teacher import KEPT, MiniLM, keep, load_teacher
+from powersteer.apps.pretrain.text import train_tokenizer
+from powersteer.core.config import load_config
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "configs" / "powersteer-small.yaml"

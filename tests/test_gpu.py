@@ -20,9 +20,9 @@ from torch import nn
 
 from conftest import build_unet, by_hand, randomise
 from powersteer import BPSModel, SteeringPlan, steer
-from powersteer.adapters import attach, make_adapter
-from powersteer.bench.shapes import make_unet
-from powersteer.bench.turns import device_waits
+from powersteer.adapters.attach import attach, make_adapter
+from powersteer.apps.bench.shapes import make_unet
+from powersteer.apps.bench.turns import device_waits
 from powersteer.training import loop
 from powersteer.training.memory import estimate_memory
 from powersteer.training.run import train

@@ -74,7 +74,7 @@ def with_messages(page: str, found: list[Message]) -> str:
 
 def help_texts() -> str:
     """``--help`` of every command at 80 columns."""
-    from powersteer.cli import app
+    from powersteer.apps.cli import app
 
     def sections(command: Any, path: tuple[str, ...], parent: Any) -> list[str]:
         context = command.context_class(command, info_name=path[-1], parent=parent, terminal_width=80)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from powersteer import BPSModel
-from powersteer.bench.shapes import make_unet
-from powersteer.steering import steered_layers
+from powersteer.adapters.steering import steered_layers
+from powersteer.apps.bench.shapes import make_unet
 
 PICTURES = {"network.svg": "paper", "network-lite.svg": "lite"}
 """Files in docs/, each with its preset; Stable Diffusion 1.5's shape."""

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-import powersteer.conditions.catalogue  # noqa: F401  (registers the extractors)
+import powersteer.conditions.extractors.catalogue  # noqa: F401  (registers the extractors)
 from powersteer import BPSModel, load_adapter
-from powersteer.conditions.extractor import EXTRACTORS, Subject
+from powersteer.conditions.extractors.extractor import EXTRACTORS, Subject
 
 from .steering import steered
 

@@ -1,4 +1,4 @@
-"""Steering of ComfyUI's U-Net: the residuals of `powersteer.steering`, hooked into LDM's module layout.
+"""Steering of ComfyUI's U-Net: the residuals of `powersteer.adapters.steering`, hooked into LDM's module layout.
 
 ComfyUI's ``UNetModel`` has ``time_embed``, ``input_blocks``, ``middle_block`` and ``output_blocks``. A block is a
 sequence of layers; those of the classes below get its residual, others (the first convolution, samplers) none.
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from powersteer import BPSModel, PowersteerError
+from powersteer.adapters.plan import digest, plan_of, weights_digest
 from powersteer.conditions import to_condition
 from powersteer.conditions.kinds import LABEL_MAPS
-from powersteer.plan import digest, plan_of, weights_digest
 
 STEERED = ("ResBlock", "SpatialTransformer")
 """Classes of layers; every one of them in a block gets the block's residual."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from powersteer.errors import PowersteerError
+from powersteer.core.errors import PowersteerError
 
 if TYPE_CHECKING:
-    from powersteer.base import load_adapter, load_base
-    from powersteer.model import BPSModel
-    from powersteer.plan import SteeringPlan
-    from powersteer.steering import steer
+    from powersteer.adapters.bps.model import BPSModel
+    from powersteer.adapters.plan import SteeringPlan
+    from powersteer.adapters.steering import steer
+    from powersteer.backbones.load import load_adapter, load_base
 
 __all__ = ["BPSModel", "PowersteerError", "SteeringPlan", "load_adapter", "load_base", "steer"]
 __version__ = "0.1.0"
@@ -21,11 +21,11 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     rooms = {
-        "BPSModel": "model",
-        "SteeringPlan": "plan",
-        "load_adapter": "base",
-        "load_base": "base",
-        "steer": "steering",
+        "BPSModel": "adapters.bps.model",
+        "SteeringPlan": "adapters.plan",
+        "load_adapter": "backbones.load",
+        "load_base": "backbones.load",
+        "steer": "adapters.steering",
     }
     if name in rooms:
         return getattr(importlib.import_module(f"powersteer.{rooms[name]}"), name)

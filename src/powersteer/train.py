@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from powersteer.cli import main
+from powersteer.apps.cli import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "train")

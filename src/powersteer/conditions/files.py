@@ -12,8 +12,8 @@ from powersteer.conditions.kinds import FEATURE, FEATURE_SUFFIX, LABEL_MAPS
 from powersteer.conditions.layers import PIL_MODES, as_condition
 from powersteer.conditions.sketch import open_layers, padded, sketch_condition
 from powersteer.conditions.tensors import read_features, resized, to_condition
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import read_bytes
-from powersteer.errors import PowersteerError
 
 Fit = Literal["pad", "crop"]
 """How a picture of another shape comes to a size: whole, on paper; or scaled to cover it and cropped."""

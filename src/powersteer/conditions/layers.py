@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from powersteer.errors import PowersteerError
+from powersteer.core.errors import PowersteerError
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """PIL mode of a condition of so many channels; RGBA holds colour, and structure in alpha."""

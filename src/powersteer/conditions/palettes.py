@@ -16,10 +16,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from powersteer.conditions.kinds import extractor_record
-from powersteer.config import StrictConfig
+from powersteer.core.config import StrictConfig
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_file, read_bytes
 from powersteer.core.text import parse_json, parse_object
-from powersteer.errors import PowersteerError
 
 BUILT_IN = ("ade20k", "coco-stuff", "openmoji")
 """``ade20k``: the 150 classes of scene parsing, in the colours in wide use; road and skyscraper share one.
@@ -50,7 +50,7 @@ class Palette:
             PowersteerError: There is no such palette, or the file is no such object, or two classes share a colour.
         """
         if name_or_path in BUILT_IN:
-            content = (files("powersteer") / "assets" / "palettes" / f"{name_or_path}.json").read_bytes()
+            content = (files("powersteer.core") / "assets" / "palettes" / f"{name_or_path}.json").read_bytes()
             return cls.of_table(parse_object(content, name_or_path))
         path = Path(name_or_path)
         if not is_file(path):
@@ -142,7 +142,7 @@ class InColours(StrictConfig):
     """Built in (`BUILT_IN`), or a JSON file."""
 
     def record(self) -> Mapping[str, Any]:
-        """See `powersteer.conditions.extractor.Extractor`."""
+        """See `powersteer.conditions.extractors.extractor.Extractor`."""
         table = self.colours.table
         return extractor_record(
             *self.kind, version=version("powersteer"), settings=self.model_dump(), channels=3, palette=table

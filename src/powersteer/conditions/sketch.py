@@ -9,8 +9,8 @@ from PIL import Image, ImageOps
 
 from powersteer.conditions.layers import on_paper, paper_of
 from powersteer.core import images
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import read_bytes
-from powersteer.errors import PowersteerError
 
 MIN_SIDE = 8
 """Pixels: anything smaller is a mistake, not a drawing."""

@@ -16,9 +16,9 @@ from PIL import Image
 
 from powersteer.conditions.kinds import FEATURE
 from powersteer.conditions.layers import PIL_MODES, as_condition
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
 from powersteer.core.images import in_srgb
-from powersteer.errors import PowersteerError
 
 Condition = torch.Tensor | Image.Image | npt.NDArray[Any] | Sequence[Image.Image | npt.NDArray[Any]]
 """What people have: see `to_condition`."""

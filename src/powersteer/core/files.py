@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from powersteer.errors import PowersteerError
+from powersteer.core.errors import PowersteerError
 
 
 def read_bytes(path: Path) -> bytes:

@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image, ImageCms, ImageOps
 
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
-from powersteer.errors import PowersteerError
 
 _PNG, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24
 """A PNG's first bytes, and the offset of its bit depth."""

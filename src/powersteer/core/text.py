@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import read_bytes
-from powersteer.errors import PowersteerError
 
 MAX_DEPTH = 100
 """The most levels of lists and mappings within one another."""

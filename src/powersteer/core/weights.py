@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_file, reason_of
 from powersteer.core.text import read_object
-from powersteer.errors import PowersteerError
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 HALF = "fp16"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from powersteer.base import EMBEDDED_BASE
+from powersteer.backbones.load import EMBEDDED_BASE
 from powersteer.conditions.kinds import INK
 from powersteer.data.captions import cut_captions, token_limit
 from powersteer.data.conditioning import Conditioning, conditioning_of

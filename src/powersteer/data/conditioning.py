@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from powersteer.conditions.kinds import FEATURE, conditioning_record
 from powersteer.conditions.tensors import PIL_MODES
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
 from powersteer.core.text import parse_json
-from powersteer.errors import PowersteerError
 
 DATASET_FILE = "dataset.json"
 

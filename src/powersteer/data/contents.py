@@ -16,11 +16,11 @@ from typing import Any
 from filelock import FileLock
 from PIL import Image
 
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of, write_whole
 from powersteer.core.images import picture_formats
 from powersteer.core.text import read_object
 from powersteer.data.rows import Picture
-from powersteer.errors import PowersteerError
 
 _TRANSPOSED = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 
 from powersteer.core.console import PlainColumn, PlainConsole, printable
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
 from powersteer.data.cache import (
     LOCKS,
@@ -34,7 +35,6 @@ from powersteer.data.cache import (
 from powersteer.data.contents import Contents
 from powersteer.data.order import Share, batches
 from powersteer.data.pairs import Pairs, condition_values
-from powersteer.errors import PowersteerError
 
 CONTENTS = "contents.json"
 """The file of a cache that keeps what is known of pictures; see `Contents`."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from powersteer.base import source_of
+from powersteer.backbones.load import source_of
+from powersteer.backbones.parts import INDEX, load_tokenizer, read_index
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_folder
+from powersteer.core.hub import CONFIG, fetch
 from powersteer.core.text import read_object
-from powersteer.errors import PowersteerError
-from powersteer.hub import CONFIG, fetch
-from powersteer.parts import INDEX, load_tokenizer, read_index
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def limits_of(base: str) -> Limits:
     """The limits of a base.
 
     Args:
-        base: See `powersteer.base.load_base`.
+        base: See `powersteer.backbones.load.load_base`.
 
     Raises:
         PowersteerError: There is no such base, or what is read of it is missing or damaged.

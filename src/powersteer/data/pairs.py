@@ -17,10 +17,10 @@ from PIL import Image
 from powersteer.conditions.kinds import FEATURE, LABEL_MAPS
 from powersteer.conditions.layers import PIL_MODES
 from powersteer.conditions.tensors import resized
+from powersteer.core.errors import PowersteerError
 from powersteer.data.contents import Contents
 from powersteer.data.layouts import Columns, read_rows
 from powersteer.data.rows import Row
-from powersteer.errors import PowersteerError
 
 ASPECT_TOLERANCE = 0.01
 """How far the aspect ratios of a picture and its condition may lie apart: a pixel in a hundred."""

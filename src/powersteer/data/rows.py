@@ -14,9 +14,9 @@ from PIL import Image
 from powersteer.conditions.kinds import FEATURE_SUFFIX
 from powersteer.conditions.layers import as_condition, on_paper
 from powersteer.conditions.tensors import read_features
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
 from powersteer.core.images import open_picture
-from powersteer.errors import PowersteerError
 
 
 @dataclass(frozen=True)

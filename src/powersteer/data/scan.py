@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from powersteer.conditions.kinds import FEATURE
 from powersteer.core.console import PlainColumn, PlainConsole
+from powersteer.core.errors import PowersteerError
 from powersteer.core.images import decode_picture
 from powersteer.data.conditioning import Conditioning
 from powersteer.data.layouts import Found
 from powersteer.data.looks import perceptual_hash, thumbnail
 from powersteer.data.pairs import captioned, same_aspect
 from powersteer.data.rows import Picture, Row
-from powersteer.errors import PowersteerError
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import fsspec
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
 from powersteer.data.encode import EncodedPairs, Encoder, Sample, TextStates, one_line_errors
 from powersteer.data.layouts.base import Columns, is_hidden
@@ -30,7 +31,6 @@ from powersteer.data.layouts.shards import (
 from powersteer.data.order import Share
 from powersteer.data.pairs import Size, Transform, Views, captioned
 from powersteer.data.rows import Row
-from powersteer.errors import PowersteerError
 
 SHUFFLE_BUFFER = 1000
 """Rows that wait, encoded, for their turn: a row comes at random out of so many."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from powersteer.errors import PowersteerError
+from powersteer.core.errors import PowersteerError
 
 FEW = 2048
 """Pictures below which a Fréchet distance is biased too much to be compared with anyone else's."""

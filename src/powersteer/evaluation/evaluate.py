@@ -13,15 +13,30 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 
-from powersteer.adapters import Adapter, channels_of, check_adapter, load_network, record_of
-from powersteer.base import EMBEDDED_BASE, load_base
+from powersteer.adapters.attach import Adapter, channels_of, check_adapter, load_network, record_of
+from powersteer.backbones.load import EMBEDDED_BASE, load_base
 from powersteer.core.console import PlainConsole
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
+from powersteer.core.hardware import best_device
+from powersteer.core.pictures import condition_picture, from_pil, save_grid, to_pil
 from powersteer.data.conditioning import conditioning_of
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, condition_values, spread
 from powersteer.data.splits import held_out_folder
-from powersteer.errors import PowersteerError
+from powersteer.denoising.generate import (
+    GUIDANCE_SCALE,
+    MAX_GUIDANCE,
+    MAX_PICTURES,
+    MAX_STEPS,
+    NUM_INFERENCE_STEPS,
+    Scheduler,
+    check_steps,
+    make_scheduler,
+    steered_pictures,
+)
+from powersteer.denoising.heldout import HeldOut
+from powersteer.denoising.objective import noise_schedule
 from powersteer.evaluation.features import weights_sha256
 from powersteer.evaluation.figures import PRIOR, REAL, SHUFFLED, STEERED, Evaluation, Figure, Value, environment
 from powersteer.evaluation.information import denoiser_errors, measure_information
@@ -40,21 +55,6 @@ from powersteer.evaluation.measures import (
     text,
 )
 from powersteer.evaluation.paired import spread_map
-from powersteer.generate import (
-    GUIDANCE_SCALE,
-    MAX_GUIDANCE,
-    MAX_PICTURES,
-    MAX_STEPS,
-    NUM_INFERENCE_STEPS,
-    Scheduler,
-    check_steps,
-    make_scheduler,
-    steered_pictures,
-)
-from powersteer.hardware import best_device
-from powersteer.pictures import condition_picture, from_pil, save_grid, to_pil
-from powersteer.training.heldout import HeldOut
-from powersteer.training.objective import noise_schedule
 
 FEWEST = 4
 """The fewest pictures that can be measured."""

@@ -14,12 +14,12 @@ from pydantic import Field
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from powersteer.base import load_clip, source_of
-from powersteer.config import StrictConfig, build_config
+from powersteer.backbones.load import load_clip, source_of
+from powersteer.backbones.parts import check_tokenizer, folder_of, from_folder, load_model, load_tokenizer
+from powersteer.core.config import StrictConfig, build_config
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_file
 from powersteer.core.weights import check_whole, unpickle
-from powersteer.errors import PowersteerError
-from powersteer.parts import check_tokenizer, folder_of, from_folder, load_model, load_tokenizer
 
 FeatureName = Literal["clip", "hed", "inception"]
 
@@ -146,7 +146,9 @@ class HedTrunk:
         Raises:
             PowersteerError: They are not installed.
         """
-        hed = import_module("powersteer.conditions.hed")  # asks for optional packages when the weights are read
+        hed = import_module(
+            "powersteer.conditions.extractors.hed"
+        )  # asks for optional packages when the weights are read
         return cls(hed.HEDNetwork.from_keras(hed.packaged_weights()), hed.MEAN_BGR)
 
     @torch.no_grad()

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from powersteer.conditions.extractor import Extractor, Subject
+from powersteer.conditions.extractors.extractor import Extractor, Subject
 from powersteer.conditions.palettes import NO_LABEL, Palette
-from powersteer.errors import PowersteerError
-from powersteer.pictures import to_pil
+from powersteer.core.errors import PowersteerError
+from powersteer.core.pictures import to_pil
 
 TRIM = 0.01
 """Share of a class's pixels that may lie outside its box on each side: a stray pixel moves no box."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from powersteer.hardware import machine
+from powersteer.core.hardware import machine
 
 PRIOR, STEERED, SHUFFLED, REAL, GENERATED = COLUMNS = ("prior", "steered", "shuffled", "real", "generated")
 """What is measured, in the order of a table. ``shuffled``: steered by another pair's condition, the floor; ``real``:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
-from powersteer.base import EMBEDDED_BASE
+from powersteer.backbones.load import EMBEDDED_BASE
 from powersteer.conditions.sketch import open_picture
+from powersteer.core.errors import PowersteerError
+from powersteer.core.pictures import from_pil
 from powersteer.data.layouts import LAYOUTS, PICTURE_SUFFIXES, read_rows
 from powersteer.data.pairs import Size, cropped
 from powersteer.data.rows import Picture
-from powersteer.errors import PowersteerError
+from powersteer.denoising.generate import pictures_of
 from powersteer.evaluation.features import FeatureExtractor
 from powersteer.evaluation.figures import GENERATED, REAL, Evaluation, Figure, Value, environment
 from powersteer.evaluation.measures import (
@@ -25,8 +27,6 @@ from powersteer.evaluation.measures import (
     load_extractors,
     paired,
 )
-from powersteer.generate import pictures_of
-from powersteer.pictures import from_pil
 
 Opened = Mapping[str, Callable[[], torch.Tensor]]
 """Pictures by name, each read (3, H, W), uint8, when it is asked for."""

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 
 import torch
 
-from powersteer.errors import PowersteerError
+from powersteer.core.errors import PowersteerError
 
 Map = Literal["blur", "mask", "edges"]
 """A picture blurred, half hidden, or its differences to the right and downwards."""

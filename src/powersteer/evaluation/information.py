@@ -22,11 +22,11 @@ from typing import Any, Literal
 
 import torch
 
-from powersteer.adapters import Adapter
+from powersteer.adapters.attach import Adapter
+from powersteer.core.errors import PowersteerError
 from powersteer.data.encode import EncodedPairs
-from powersteer.errors import PowersteerError
-from powersteer.training.heldout import Gap, HeldOut
-from powersteer.training.objective import noise_schedule
+from powersteer.denoising.heldout import Gap, HeldOut
+from powersteer.denoising.objective import noise_schedule
 
 UNIFORM_SHARE = 0.2
 """The share of the draws that is uniform in log-SNR: no timestep's weight can grow beyond five times that of uniform

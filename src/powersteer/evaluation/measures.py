@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from powersteer.base import source_of
-from powersteer.conditions.extractor import EXTRACTORS, Extractor
-from powersteer.config import StrictConfig
+from powersteer.backbones.load import source_of
+from powersteer.conditions.extractors.extractor import EXTRACTORS, Extractor
+from powersteer.core.config import StrictConfig
 from powersteer.core.files import is_file
 from powersteer.evaluation.distribution import few_pictures, frechet_distance, kernel_distance
 from powersteer.evaluation.features import Clip, FeatureExtractor, FeatureName, load_features
@@ -70,7 +70,7 @@ def load_condition_extractor(settings: MeasureSettings, kind: str) -> Extractor 
     """The extractor that was asked for, of the condition's kind; of a layout's labels, segmentation's."""
     if settings.extractor is None:
         return None
-    import_module("powersteer.conditions.catalogue")  # registers them all
+    import_module("powersteer.conditions.extractors.catalogue")  # registers them all
     task: Any = "segmentation" if kind == "layout" else kind
     registered = EXTRACTORS.find(task, settings.extractor)
     return registered.build(**({} if settings.extractor_model is None else {"model": settings.extractor_model}))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from powersteer.errors import PowersteerError
+from powersteer.core.errors import PowersteerError
 
 WINDOW, SIGMA = 11, 1.5
 """Width and standard deviation of SSIM's Gaussian window, in pixels."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from powersteer.pictures import to_pil
+from powersteer.core.pictures import to_pil
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -27,7 +27,7 @@ def write_report(path: Path, metrics: dict[str, Any], rows: list[dict[str, Any]]
 
     Args:
         path: The HTML file.
-        metrics: What `powersteer.demo` measured.
+        metrics: What `powersteer.apps.demo` measured.
         rows: Each a caption ``text`` and ``pictures``, a heading → picture (3, H, W) in [-1, 1].
         log: The training log: rows with ``step``, ``prior``, ``steered`` and ``shuffled``.
     """

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from powersteer.adapters import Adapter, load_network
+from powersteer.adapters.attach import Adapter, load_network
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
 from powersteer.core.text import read_object
-from powersteer.errors import PowersteerError
 from powersteer.training.folder import full_reason, remove
 
 _DIGESTS = "digests.json"

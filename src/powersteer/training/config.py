@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from powersteer.base import EMBEDDED_BASE
-from powersteer.config import StrictConfig
+from powersteer.backbones.load import EMBEDDED_BASE
+from powersteer.core.config import StrictConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     # From forty pairs: some are held out to choose when to stop, then all are used. Uniform weights learn more from few
@@ -105,7 +105,7 @@ class TrainConfig(StrictConfig):
     """Width of EP at each level."""
     ablation: Literal["no-time", "added-once", "conditional-half", "no-latents", "blind"] | None = None
     """Leave something out of the method, ControlNet (``no-latents``), or the condition of any network (``blind``):
-    `powersteer.ablations`."""
+    `powersteer.adapters.bps.ablations`."""
     conditioning_channels: int | None = Field(default=None, gt=0, le=65536)
     """Channels of the condition: 1 (grey), 3 (RGB), 4 (RGBA: colour and structure), or a feature map's; by default what
     the data's ``dataset.json`` says, else 1."""

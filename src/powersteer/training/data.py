@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from powersteer.core.errors import PowersteerError
 from powersteer.data.captions import cut_captions, token_limit
 from powersteer.data.contents import Contents
 from powersteer.data.encode import CONTENTS, EncodedPairs, Encoder, encode_pairs
 from powersteer.data.pairs import Pairs, Transform, Views, spread
 from powersteer.data.rows import Row
 from powersteer.data.stream import StreamedPairs, list_shards, read_shard
-from powersteer.errors import PowersteerError
 from powersteer.training.config import TrainConfig
 from powersteer.training.loop import PROBE, Source
 from powersteer.training.setup import columns_of, conditioning, picture_size, precision_of, read_pairs

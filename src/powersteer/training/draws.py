@@ -30,7 +30,7 @@ def draw(config: TrainConfig, step: int, count: int, probabilities: torch.Tensor
         config: ``seed``, ``log_snr_share`` and ``proportion_empty_conditions``.
         step: Counted in updates.
         count: Of the whole batch.
-        probabilities: Of timesteps (T,), by `powersteer.training.objective.timestep_probabilities`; where they are not
+        probabilities: Of timesteps (T,), by `powersteer.denoising.objective.timestep_probabilities`; where they are not
             all alike, one timestep is drawn from each of ``count`` equally probable parts.
     """
     generator, last = torch.Generator().manual_seed(_seed(config.seed, step)), len(probabilities) - 1

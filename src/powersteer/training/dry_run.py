@@ -12,11 +12,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from powersteer.adapters import make_adapter
-from powersteer.base import base_configs
+from powersteer.adapters.attach import make_adapter
+from powersteer.adapters.bps.model import BPSModel
+from powersteer.backbones.load import base_configs
+from powersteer.core.errors import PowersteerError, PowersteerWarning
 from powersteer.core.files import reason_of
-from powersteer.errors import PowersteerError, PowersteerWarning
-from powersteer.model import BPSModel
 from powersteer.training.config import TrainConfig
 from powersteer.training.memory import MemoryEstimate, estimate_memory
 from powersteer.training.setup import (

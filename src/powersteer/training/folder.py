@@ -12,8 +12,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
-from powersteer.errors import PowersteerError
 
 LOCK = "run.lock"
 REFIT = "refit"

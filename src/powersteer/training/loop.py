@@ -23,12 +23,14 @@ from diffusers.optimization import get_scheduler
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
-from powersteer.adapters import Adapter, attach
+from powersteer.adapters.attach import Adapter, attach
+from powersteer.core.errors import NonFiniteError, PowersteerError
 from powersteer.core.files import reason_of
+from powersteer.core.hardware import fast_attention
 from powersteer.data.encode import EncodedPairs, Sample, TextStates, conditions_of, pixels_of, unet_inputs
 from powersteer.data.order import Share
-from powersteer.errors import NonFiniteError, PowersteerError
-from powersteer.hardware import fast_attention
+from powersteer.denoising.heldout import HeldOut
+from powersteer.denoising.objective import denoising_target, min_snr_weights, noise_schedule, timestep_probabilities
 from powersteer.training import setup
 from powersteer.training.checkpoint import (
     Checkpoint,
@@ -41,9 +43,7 @@ from powersteer.training.checkpoint import (
 from powersteer.training.config import TrainConfig
 from powersteer.training.draws import draw, noise, prompt_of, seed_dropout
 from powersteer.training.folder import StillThere
-from powersteer.training.heldout import HeldOut
 from powersteer.training.monitor import Monitor, Validation
-from powersteer.training.objective import denoising_target, min_snr_weights, noise_schedule, timestep_probabilities
 from powersteer.training.optimizer import Average, make_optimizer
 from powersteer.training.sharding import Whole, gathered, load_optimizer_state, optimizer_state
 

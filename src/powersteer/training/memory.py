@@ -13,9 +13,9 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from powersteer.adapters import attach, make_adapter, save_activation_memory
-from powersteer.hardware import fast_attention
-from powersteer.memory import TensorBytes
+from powersteer.adapters.attach import attach, make_adapter, save_activation_memory
+from powersteer.core.hardware import fast_attention
+from powersteer.core.memory import TensorBytes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def estimate_memory(
 
     Args:
         unet_config: Of the base's `UNet2DConditionModel`.
-        network: The arguments of `powersteer.adapters.make_adapter`.
+        network: The arguments of `powersteer.adapters.attach.make_adapter`.
         batch_size: Samples of one forward pass.
         size: Height and width of the latents.
         text_length: Tokens of a prompt.
@@ -68,7 +68,7 @@ def estimate_memory(
         device_type: ``cpu``, or ``cuda``: there autocast leaves the norms in float32.
 
     Raises:
-        ValueError: ``network`` is wrong; see `powersteer.adapters.make_adapter`.
+        ValueError: ``network`` is wrong; see `powersteer.adapters.attach.make_adapter`.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:

@@ -18,17 +18,17 @@ import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
-from powersteer.adapters import Adapter, attach
+from powersteer.adapters.attach import Adapter, attach
 from powersteer.core.console import PlainColumn, PlainConsole
+from powersteer.core.errors import NonFiniteError, PowersteerError
 from powersteer.core.files import write_whole
+from powersteer.core.pictures import condition_picture, save_grid, to_pil
 from powersteer.core.text import json_lines, parse_object, read_text
 from powersteer.data.encode import Sample, conditions_of
 from powersteer.data.pairs import spread
-from powersteer.errors import NonFiniteError, PowersteerError
-from powersteer.generate import steered_pictures
-from powersteer.pictures import condition_picture, save_grid, to_pil
+from powersteer.denoising.generate import steered_pictures
+from powersteer.denoising.heldout import Autocast, Gap, HeldOut
 from powersteer.training.folder import writing
-from powersteer.training.heldout import Autocast, Gap, HeldOut
 from powersteer.training.record import LOG
 
 

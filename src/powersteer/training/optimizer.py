@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
-from powersteer.adapters import Adapter
-from powersteer.errors import PowersteerError
-from powersteer.model import BPSModel
-from powersteer.presets import integration_weights
+from powersteer.adapters.attach import Adapter
+from powersteer.adapters.bps.model import BPSModel
+from powersteer.adapters.bps.presets import integration_weights
+from powersteer.core.errors import PowersteerError
 from powersteer.training.config import TrainConfig
 from powersteer.training.sharding import dealt
 

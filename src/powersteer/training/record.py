@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import read_bytes, write_whole
 from powersteer.core.text import json_lines, parse_json, parse_yaml, read_object, read_text
-from powersteer.errors import PowersteerError
 from powersteer.training.checkpoint import list_checkpoints, step_of
 from powersteer.training.config import NETWORK_KEYS, TrainConfig
 

@@ -13,20 +13,20 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from powersteer.adapters import Adapter, load_network
-from powersteer.base import load_base
-from powersteer.card import write_card
+from powersteer.adapters.attach import Adapter, load_network
+from powersteer.backbones.load import load_base
+from powersteer.core.card import write_card
 from powersteer.core.console import PlainConsole
 from powersteer.core.digests import content_digest, weights_digest
-from powersteer.errors import PowersteerError
+from powersteer.core.errors import PowersteerError
+from powersteer.denoising.heldout import HeldOut
+from powersteer.denoising.objective import noise_schedule
 from powersteer.training.checkpoint import check_intact, chosen_checkpoint, load_checkpoint, save_adapter, step_of
 from powersteer.training.config import TrainConfig
 from powersteer.training.data import RunData
 from powersteer.training.dry_run import dry_run, free_memory
 from powersteer.training.folder import REFIT, StillThere, held, remove, writing
-from powersteer.training.heldout import HeldOut
 from powersteer.training.loop import Place, Source, TrainState, fit
-from powersteer.training.objective import noise_schedule
 from powersteer.training.record import RECORD, Record, begun_with, check_step, write_settings
 from powersteer.training.setup import (
     base_dtype,

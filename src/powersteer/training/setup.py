@@ -12,17 +12,24 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
-from powersteer.ablations import ABLATIONS, NO_LATENTS
-from powersteer.adapters import Adapter, check_adapter, load_network, make_adapter, record_of, save_activation_memory
+from powersteer.adapters.attach import (
+    Adapter,
+    check_adapter,
+    load_network,
+    make_adapter,
+    record_of,
+    save_activation_memory,
+)
+from powersteer.adapters.bps.ablations import ABLATIONS, NO_LATENTS
+from powersteer.adapters.bps.model import BPSModel
 from powersteer.conditions.kinds import BLIND, FEATURE
+from powersteer.core.errors import PowersteerError
+from powersteer.core.hardware import native_precision
 from powersteer.data.conditioning import DATASET_FILE, Conditioning, conditioning_of
 from powersteer.data.contents import Contents
 from powersteer.data.layouts import Columns, hub_rows
 from powersteer.data.pairs import Pairs, Size, Views, bucket_sizes
 from powersteer.data.splits import is_held_out
-from powersteer.errors import PowersteerError
-from powersteer.hardware import native_precision
-from powersteer.model import BPSModel
 from powersteer.training.config import NETWORK_KEYS, TrainConfig
 from powersteer.training.monitor import check_trackers
 from powersteer.training.sharding import share_out
@@ -159,7 +166,7 @@ def _plain(value: Any) -> Any:
 
 
 def network_arguments(config: TrainConfig, prediction_type: str, vae_scale_factor: int) -> dict[str, Any]:
-    """The arguments of `powersteer.adapters.make_adapter` for the network of a configuration."""
+    """The arguments of `powersteer.adapters.attach.make_adapter` for the network of a configuration."""
     given = conditioning(config)
     own_widths = {"hidden_channels": config.hidden_channels, "up_channels": config.up_channels}
     return {

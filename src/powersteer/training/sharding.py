@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from powersteer.adapters import Adapter
-from powersteer.errors import PowersteerError
+from powersteer.adapters.attach import Adapter
+from powersteer.core.errors import PowersteerError
 from powersteer.training.config import TrainConfig
 
 _ZERO = "bit16_groups"

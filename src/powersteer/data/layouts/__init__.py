@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from powersteer.core.errors import PowersteerError, PowersteerWarning
 from powersteer.core.files import is_folder
 from powersteer.data.layouts.base import (
     PICTURE_SUFFIXES,
@@ -25,7 +26,6 @@ from powersteer.data.layouts.shards import WebDataset, key_and_kind, shard_row
 from powersteer.data.layouts.tables import SavedDataset, hub_table, table_rows
 from powersteer.data.rows import Row
 from powersteer.data.splits import is_held_out
-from powersteer.errors import PowersteerError, PowersteerWarning
 
 __all__ = [
     "HELP", "LAYOUTS", "PICTURE_SUFFIXES", "Columns", "Found", "Layout", "WebDataset", "hub_rows", "key_and_kind",

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_folder, reason_of
 from powersteer.core.images import picture_suffixes
 from powersteer.data.rows import Row
 from powersteer.data.splits import is_held_out
-from powersteer.errors import PowersteerError
 
 PICTURE_SUFFIXES = tuple(sorted(picture_suffixes()))
 DEEPEST = 64

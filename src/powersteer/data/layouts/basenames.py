@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from powersteer.conditions.kinds import FEATURE_SUFFIX
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_file, is_folder
 from powersteer.core.text import read_text
 from powersteer.data.layouts.base import Columns, ReadRow, Seen, alone, pictures_in
 from powersteer.data.rows import Picture, Row
-from powersteer.errors import PowersteerError
 
 IMAGES, CONDITIONS = "images", "conditioning_images"
 

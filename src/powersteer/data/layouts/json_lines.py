@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_file
 from powersteer.core.text import json_lines, parse_object, read_text
 from powersteer.data.layouts.base import Columns, ReadRow, Seen, generated_of, listed, texts_of
 from powersteer.data.rows import Picture, Row
-from powersteer.errors import PowersteerError
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from powersteer.conditions.kinds import FEATURE_SUFFIX
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
 from powersteer.core.text import decode_text, parse_object
 from powersteer.data.layouts.base import (
@@ -26,7 +27,6 @@ from powersteer.data.layouts.base import (
     texts_of,
 )
 from powersteer.data.rows import Picture, Row
-from powersteer.errors import PowersteerError
 
 Member = tuple[str, Callable[[], bytes]]
 """A member's name and its content."""

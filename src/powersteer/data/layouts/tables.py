@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_file, reason_of
 from powersteer.core.text import read_object
 from powersteer.data.layouts.base import Columns, ReadRow, Seen, generated_of, listed, texts_of
 from powersteer.data.rows import Picture, Row
-from powersteer.errors import PowersteerError
 
 INFO, SPLITS_INFO = "dataset_info.json", "dataset_dict.json"
 

@@ -1,0 +1,306 @@
+"""`powersteer bench`: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from powersteer.apps.cli.help import Commands
+from powersteer.apps.cli.lines import Lines, shown, shown_time
+from powersteer.apps.cli.output import err, out, show, show_json, write_json
+from powersteer.core.errors import PowersteerError
+
+if TYPE_CHECKING:
+    import torch
+
+    from powersteer.apps.bench.shapes import Shape
+
+app = typer.Typer(
+    cls=Commands, help="Measure what the documentation states.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+_Shape = Annotated[str, typer.Option(help="tiny (64 px), sd15 (512 px) or sdxl (1024 px).")]
+_Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
+_Frozen = Annotated[str, typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16 or float16.")]
+_Rounds = Annotated[int, typer.Option(min=1, help="Turns that are counted.")]
+_Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A row to measure beside the first, as ControlNet or bps-paper; may be repeated; all by default."
+    ),
+]
+_Compile = Annotated[
+    bool, typer.Option("--compile", help="torch.compile the U-Net before it is steered, and the networks beside it.")
+]
+_JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")]
+_JsonRows = Annotated[
+    Path | None, typer.Option("--json", help="Write the figures here too, anew whenever a row is done.")
+]
+
+
+@app.command("steering")
+def bench_steering(
+    shape: _Shape = "sd15",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures; guidance makes the U-Net's batch twice that.")] = 1,
+    device: _Device = "cpu",
+    dtype: _Frozen = "float32",
+    compiled: _Compile = False,
+    only: _Only = None,
+    rounds: _Rounds = 5,
+    json_file: _JsonRows = None,
+) -> None:
+    """What a denoising step costs under steering, as a ratio to a bare U-Net's, on random weights."""
+    from powersteer.apps.bench.steering import WAYS, SteeringBench
+    from powersteer.apps.bench.steering import bench_steering as run
+    from powersteer.apps.bench.turns import chosen
+
+    settings: dict[str, Any] = {
+        "shape": _shape(shape),
+        "device": _device(device),
+        "dtype": _dtype(dtype),
+        "rounds": rounds,
+    }
+    names = chosen(list(WAYS), only or ())
+    headings = ["ratio", "time", "parameters", "extra memory", "plan", *["waits"] * _is_cuda(device)]
+    lines = Lines(f"a step, guidance batch of {2 * batch_size}", names, *headings)
+
+    def on_row(result: SteeringBench) -> None:
+        row = result.rows[-1]
+        lines.show(
+            row.name,
+            row.error or shown(row.ratio, digits=3),
+            shown_time(row.seconds),
+            shown(row.parameters, 1e-6, 1, "M"),
+            shown(row.extra_peak_memory, 1e-6, 0, "MB"),
+            shown(row.plan_bytes, 1e-6, 1, "MB"),
+            shown(row.device_waits),
+        )
+        write_json(json_file, result.as_json())
+
+    result = run(batch_size=batch_size, compiled=compiled, only=only or (), on_row=on_row, **settings)
+    show(f"{result.shape}, {result.pixels} px, {result.dtype}, median of {result.rounds}; {result.machine}")
+
+
+@app.command("train")
+def bench_train(
+    shape: _Shape = "sd15",
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 1,
+    device: _Device = "cpu",
+    dtype: _Frozen = "float32",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="In U-Net and network.")
+    ] = False,
+    only: _Only = None,
+    rounds: _Rounds = 3,
+    json_file: _JsonRows = None,
+) -> None:
+    """What a training step costs beside ControlNet's and T2I-Adapter's, on random weights; and what the cache saves."""
+    from powersteer.apps.bench.train import METHODS, TrainBench
+    from powersteer.apps.bench.train import bench_train as run
+    from powersteer.apps.bench.turns import chosen
+
+    settings: dict[str, Any] = {
+        "shape": _shape(shape),
+        "device": _device(device),
+        "precision": _dtype(dtype),
+        "rounds": rounds,
+    }
+    names, headings = (
+        chosen(METHODS, only or ()),
+        ("ratio", "time", "pictures/s", "trained", "peak memory", "estimated"),
+    )
+    lines = Lines(f"training step, batch {batch_size}", names, *headings)
+
+    def on_row(result: TrainBench) -> None:
+        row = result.rows[-1]
+        lines.show(
+            row.name,
+            row.error or shown(row.ratio, digits=3),
+            shown_time(row.seconds),
+            shown(row.pictures_per_second, digits=2),
+            shown(row.parameters, 1e-6, 1, "M"),
+            shown(row.peak_memory, 1e-9, 2, "GB"),
+            shown(row.estimated_memory, 1e-9, 2, "GB"),
+        )
+        write_json(json_file, result.as_json())
+
+    settings |= {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing, "only": only or ()}
+    result = run(on_row=on_row, **settings)
+    show(f"{result.shape}, {result.pixels} px, {result.precision}, median of {result.rounds}; {result.machine}")
+    for epochs in result.epochs:
+        show(
+            f"an epoch of {epochs.pairs} pairs, files of {epochs.stored} px: {epochs.cached:.2f} s cached, "
+            f"{epochs.uncached:.2f} s not, {epochs.ratio:.2f} times as long"
+        )
+    write_json(json_file, result.as_json())
+
+
+@app.command("generate")
+def bench_generate(
+    shape: _Shape = "sd15",
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Pictures made at once; may be repeated.", show_default="1 and 8")
+    ] = None,
+    num_inference_steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 30,
+    device: _Device = "cpu",
+    dtype: _Frozen = "float32",
+    compiled: _Compile = False,
+    only: _Only = None,
+    rounds: _Rounds = 3,
+    json_file: _JsonRows = None,
+) -> None:
+    """How many pictures a second whole pipelines make, steered and bare, on random weights."""
+    from powersteer.apps.bench.generate import WAYS, GenerateBench
+    from powersteer.apps.bench.generate import bench_generate as run
+    from powersteer.apps.bench.turns import chosen
+
+    settings: dict[str, Any] = {
+        "shape": _shape(shape),
+        "device": _device(device),
+        "dtype": _dtype(dtype),
+        "rounds": rounds,
+    }
+    names = chosen(list(WAYS), only or ())
+    headings = ["batch", "ratio", "time", "pictures/s", *["peak memory"] * _is_cuda(device)]
+    lines = Lines(f"{num_inference_steps} step{'s' * (num_inference_steps > 1)} and decoding", names, *headings)
+
+    def on_row(result: GenerateBench) -> None:
+        row = result.rows[-1]
+        lines.show(
+            row.name,
+            str(row.batch_size),
+            row.error or shown(row.ratio, digits=3),
+            shown_time(row.seconds),
+            shown(row.pictures_per_second, digits=3),
+            shown(row.peak_memory, 1e-9, 2, "GB"),
+        )
+        write_json(json_file, result.as_json())
+
+    settings |= {"num_inference_steps": num_inference_steps, "compiled": compiled, "only": only or ()}
+    result = run(batch_sizes=batch_size or (1, 8), on_row=on_row, **settings)
+    show(f"{result.shape}, {result.pixels} px, {result.dtype}, median of {result.rounds}; {result.machine}")
+
+
+@app.command("prepare")
+def bench_prepare(
+    task: Annotated[str | None, typer.Option(help="Of this task only.")] = None,
+    pictures: Annotated[int, typer.Option(min=8, help="So many for each extractor.")] = 64,
+    side: Annotated[int, typer.Option(min=16, help="Of each picture, pixels.")] = 512,
+    json_file: _JsonFile = None,
+) -> None:
+    """How many pictures a second each extractor makes pairs of, with one process and with two."""
+    from powersteer.apps.bench.prepare import bench_prepare as run
+
+    result = run(task, pictures=pictures, side=side)
+    table = Table(f"{side} px", "", "pictures/s, one process", "two", "scaling")
+    for row in result.rows:
+        figures = [f"{row.one:.1f}", f"{row.two:.1f}", f"{row.scaling:.2f}"] if row.reason is None else [row.reason]
+        table.add_row(row.task, row.extractor, *figures)
+    out.print(table)
+    out.print(result.machine)
+    write_json(json_file, result.as_json())
+
+
+@app.command("posterior")
+def bench_posterior(
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="Prior, runs, figures and plot; the same command goes on where it stopped.")
+    ] = Path("posterior"),
+    observation: Annotated[str, typer.Option(help="blur, mask or edges.")] = "edges",
+    pairs: Annotated[
+        list[int] | None, typer.Option(help="Training pairs; may be repeated.", show_default="40 to 20,000")
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="paper, uniform, lite, controlnet, controlnet-no-latents, controlnet-xs, t2i-adapter; repeatable.",
+            show_default="most",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from other pairs.")] = 1,
+    updates: Annotated[int, typer.Option(min=1, help="Of training a run, at most.")] = 1000,
+    prior_updates: Annotated[int, typer.Option(min=1, help="Of training the prior, if --out holds none yet.")] = 2500,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """How near adapters come to the exact posterior of a Gaussian field, against the pairs they learned from."""
+    from powersteer.apps.bench.posterior.bench import METHODS, PAIRS
+    from powersteer.apps.bench.posterior.bench import bench_posterior as run
+
+    result = run(
+        out_dir,
+        observation=observation,
+        pairs=pairs or PAIRS,
+        methods=methods or METHODS,
+        seeds=seeds,
+        updates=updates,
+        prior_updates=prior_updates,
+        say=err.print,
+    )
+    if as_json:
+        show_json(result.as_json())
+        return
+    table = Table("method", "pairs", "overall", *result.bands, title="share of the Bayes gap closed")
+    prior = [-e / gap for e, gap in zip(result.prior_excess_by_band, result.gap_by_band, strict=True)]
+    table.add_row("prior U-Net", "", f"{result.prior_share:.1%}", *(f"{share:.1%}" for share in prior))
+    for row in result.rows:
+        error = f" ± {row.error:.1%}" if row.error is not None else ""
+        bands = (f"{share:.1%}" for share in row.share_by_band)
+        table.add_row(row.method, f"{row.pairs:,}", f"{row.share:.1%}{error}", *bands)
+    out.print(table)
+    out.print("0 % is the exact prior, 100 % the exact posterior; columns are bands of timesteps")
+    for kind in ("json", "png"):
+        show(str(out_dir / f"{observation}.{kind}"))
+
+
+def _shape(shape: str) -> Shape:
+    if shape not in ("tiny", "sd15", "sdxl"):
+        raise PowersteerError(f"--shape must be tiny, sd15 or sdxl, not '{shape}'")
+    return shape
+
+
+def _dtype(dtype: str) -> torch.dtype:
+    import torch
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise PowersteerError(f"--dtype must be float32, bfloat16 or float16, not '{dtype}'")
+    return getattr(torch, dtype)
+
+
+def _device(device: str) -> str:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise PowersteerError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _is_cuda(device: str) -> bool:
+    from powersteer.apps.bench.turns import is_cuda
+
+    return is_cuda(device)
+
+
+@app.command("studio")
+def bench_studio(
+    strokes: Annotated[int, typer.Option(min=1, help="That are counted.")] = 12,
+    chromium: Annotated[Path, typer.Option(help="The browser.")] = Path("/usr/bin/chromium"),
+    json_file: _JsonFile = None,
+) -> None:
+    """Seconds from the end of a stroke to its picture, drawn in a headless Chromium."""
+    from powersteer.apps.bench.studio import bench_studio as run
+
+    result = run(strokes, chromium)
+    table = Table("seconds from a stroke's end", "median", "greatest")
+    for name, values, median in zip(
+        ("preview", "picture"), (result.preview, result.picture), result.median, strict=True
+    ):
+        table.add_row(name, f"{median:.2f}", f"{max(values):.2f}")
+    out.print(table)
+    out.print(f"{len(result.picture)} strokes; {result.machine}")
+    write_json(json_file, result.as_json())
