@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,74 +100,158 @@ def fit(
         PowersteerError: What ``stage_dir`` holds is damaged or of another recipe, or there was no time for one step.
         FloatingPointError: The loss is not finite.
     """
-    device = session.device
     stage_dir.mkdir(parents=True, exist_ok=True)
-    model.to(device)
-    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch's stub lacks it
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    rates: dict[str, Any] = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": config.weight_decay}
-    if config.optimizer == "muon":
-        optimizer = MuonAdamW(model, **rates)
-    else:
-        optimizer = torch.optim.AdamW(parameters, fused=True, **rates)
-    ema = EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-    step, spent, warm_from = _resume(stage_dir, model, optimizer, ema, device)
-    ema.to(device)
-    begun = time.monotonic()
-    pace = _Pace(config, session.deadline, spent, warm_from, begun)
-
+    stage = _Stage(stage_dir, config, model, session)
+    figures, clock = _Figures(stage_dir.name), _Clock(config.batch_size)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    since, seen, running = time.perf_counter(), 0, dict[str, torch.Tensor]()
     with Progress(*columns, TextColumn("{task.fields[figures]}")) as progress:
-        bar = progress.add_task(stage_dir.name, total=config.steps, completed=step, figures="")
-        while pace.done(step) < 1:
-            generator = torch.Generator(device).manual_seed(session.seed * 1_000_003 + step)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * pace.rate(step)
-            with autocast(device), fast_attention(device.type, native_precision(device)):
-                value, figures = loss(step, generator)
-            value.backward()
-            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.step(parameters)
-            step, seen = step + 1, seen + config.batch_size
-            for name, figure in {"loss": value, **figures}.items():
-                running[name] = running.get(name, figure.detach()).lerp(figure.detach(), 0.02)
-            last = pace.done(step) >= 1
-            if step % _LOOK and not last and step % config.report_every:
+        bar = progress.add_task(stage_dir.name, total=config.steps, completed=stage.step, figures="")
+        last = stage.is_done()
+        while not last:
+            figures.add(stage.update(loss))
+            clock.tick()
+            last = stage.is_done()
+            reported = last or stage.step % config.report_every == 0
+            if stage.step % _LOOK and not reported:
                 continue
-            read = {name: figure.item() for name, figure in running.items()}
-            if not all(abs(figure) < float("inf") for figure in read.values()):
-                raise FloatingPointError(f"{stage_dir.name}: loss is {read['loss']} at step {step}")
+            read, rate = figures.read(stage.step), clock.pictures_per_second()
             shown = "  ".join(f"{name} {figure:.4f}" for name, figure in read.items())
-            rate = seen / (time.perf_counter() - since)
-            progress.update(bar, completed=step, figures=f"{shown}  {rate:.0f} pictures/s")
-            if step % config.report_every and not last:
+            progress.update(bar, completed=stage.step, figures=f"{shown}  {rate:.0f} pictures/s")
+            if not reported:
                 continue
-            seconds = spent + time.monotonic() - begun
-            states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
-            numbers = {"step": step, _SECONDS: seconds, _WARM_FROM: warm_from}
-            _replace(stage_dir / CHECKPOINT, {**states, **numbers})
-            ema.store(parameters)
-            ema.copy_to(parameters)
-            model.eval()
-            _write_weights(stage_dir / WEIGHTS, model, step, seconds)
-            session.saved()
-            with torch.no_grad():
-                held_out = report(step)
-            model.train()
-            ema.restore(parameters)
-            row = {"step": step, "seen": step * config.batch_size, **read, **held_out}
+            seconds = stage.save()
+            row = {"step": stage.step, "seen": stage.step * config.batch_size, **read, **stage.measure(report)}
             row |= {"pictures_per_second": round(rate, 1), _SECONDS: round(seconds, 1)}
             with (stage_dir / LOG).open("a", encoding="utf-8") as log:
                 log.write(json.dumps(row) + "\n")
             progress.console.print("  ".join(f"{k} {v:.5g}" for k, v in row.items()))
-            since, seen = time.perf_counter(), 0
-    if not step:
+            clock.restart()
+    if not stage.step:
         raise PowersteerError(f"there was no time for one step of {stage_dir.name}: give more minutes")
-    ema.copy_to(parameters)
-    model.eval()
+    stage.finish()
+
+
+class _Stage:
+    """A model, its optimizer and its EMA weights, put in place as ``folder`` left them."""
+
+    def __init__(self, folder: Path, config: FitConfig, model: nn.Module, session: Session) -> None:
+        self.folder, self.config, self.session = folder, config, session
+        model.to(session.device)
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch's stub lacks it
+        self.model = model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(config, model, self.parameters)
+        self.ema = EMAModel(self.parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+        self.step, spent, warm_from = _resume(folder, model, self.optimizer, self.ema, session.device)
+        self.ema.to(session.device)
+        self.pace = _Pace(config, session.deadline, spent, warm_from, time.monotonic())
+
+    def is_done(self) -> bool:
+        """Whether steps or time are used up."""
+        return self.pace.done(self.step) >= 1
+
+    def update(self, loss: Loss) -> dict[str, torch.Tensor]:
+        """Take one step; returns its loss and figures."""
+        device = self.session.device
+        generator = torch.Generator(device).manual_seed(self.session.seed * 1_000_003 + self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * self.pace.rate(self.step)
+        with autocast(device), fast_attention(device.type, native_precision(device)):
+            value, figures = loss(self.step, generator)
+        value.backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.parameters)
+        self.step += 1
+        return {"loss": value, **figures}
+
+    def save(self) -> float:
+        """Write the checkpoint and the EMA weights; returns the seconds that the stage has taken."""
+        seconds = self.pace.seconds()
+        parts = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        numbers = {"step": self.step, _SECONDS: seconds, _WARM_FROM: self.pace.warm_from}
+        _replace(self.folder / CHECKPOINT, {**states, **numbers})
+        with self._averaged():
+            _write_weights(self.folder / WEIGHTS, self.model, self.step, seconds)
+        self.session.saved()
+        return seconds
+
+    def measure(self, report: Callable[[int], dict[str, float]]) -> dict[str, float]:
+        """What ``report`` says of the EMA weights."""
+        with self._averaged(), torch.no_grad():
+            return report(self.step)
+
+    def finish(self) -> None:
+        """Leave the EMA weights in the model."""
+        self.ema.copy_to(self.parameters)
+        self.model.eval()
+
+    @contextmanager
+    def _averaged(self) -> Generator[None]:
+        """The model in evaluation mode, with its EMA weights."""
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        self.model.eval()
+        yield
+        self.model.train()
+        self.ema.restore(self.parameters)
+
+
+class _Figures:
+    """Running means of what the steps say, kept on the device until they are read.
+
+    Args:
+        name: What a message calls the stage.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._means: dict[str, torch.Tensor] = {}
+
+    def add(self, figures: dict[str, torch.Tensor]) -> None:
+        """Take one step's figures in."""
+        for name, figure in figures.items():
+            self._means[name] = self._means.get(name, figure.detach()).lerp(figure.detach(), 0.02)
+
+    def read(self, step: int) -> dict[str, float]:
+        """The means, which waits for the device.
+
+        Raises:
+            FloatingPointError: One is not finite.
+        """
+        read = {name: mean.item() for name, mean in self._means.items()}
+        if not all(abs(figure) < float("inf") for figure in read.values()):
+            raise FloatingPointError(f"{self.name}: loss is {read['loss']} at step {step}")
+        return read
+
+
+class _Clock:
+    """Pictures a second since the last restart."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        """Count anew."""
+        self._since, self._steps = time.perf_counter(), 0
+
+    def tick(self) -> None:
+        """Count one step."""
+        self._steps += 1
+
+    def pictures_per_second(self) -> float:
+        """The mean rate."""
+        return self._steps * self.batch_size / (time.perf_counter() - self._since)
+
+
+def _optimizer(config: FitConfig, model: nn.Module, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    rates: dict[str, Any] = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": config.weight_decay}
+    if config.optimizer == "muon":
+        return MuonAdamW(model, **rates)
+    return torch.optim.AdamW(parameters, fused=True, **rates)
 
 
 @dataclass(frozen=True)
@@ -182,15 +266,18 @@ class _Pace:
     """The step at which the optimizer was new."""
     begun: float
 
+    def seconds(self) -> float:
+        """What the stage has taken, in this command and earlier ones."""
+        return self.spent + time.monotonic() - self.begun
+
     def done(self, step: int) -> float:
         """The share that is done: 1 ends the stage."""
-        seconds = time.monotonic() - self.begun
         shares = [step / self.config.steps]
         if self.config.minutes is not None:
-            shares.append((self.spent + seconds) / (60 * self.config.minutes))
+            shares.append(self.seconds() / (60 * self.config.minutes))
         if self.deadline is not None:
             given = self.deadline - self.begun
-            shares.append(seconds / given if given > 0 else 1.0)
+            shares.append((time.monotonic() - self.begun) / given if given > 0 else 1.0)
         return max(shares)
 
     def rate(self, step: int) -> float:

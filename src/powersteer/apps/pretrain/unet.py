@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,7 +124,7 @@ def train_unet(
 ) -> StableDiffusionPipeline:
     """Train the denoiser, a new one or ``unet`` further; returns the whole base as a stock pipeline."""
     text_encoder, device = clip.text_model, session.device
-    scale, factor = vae.config["scaling_factor"], 2 ** (len(vae.config["block_out_channels"]) - 1)
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     torch.manual_seed(session.seed)
     if unet is None:
         width, channels = text_encoder.config.hidden_size, vae.config["latent_channels"]
@@ -132,63 +133,115 @@ def train_unet(
         unet.set_attn_processor(AttnProcessor())  # on small maps faster in training than the fused kernel
     scheduler: Any = build_scheduler()
     pipe = assemble(vae, text_encoder, tokenizer, unet, scheduler)
-
-    def encode(indices: torch.Tensor, *, flipped: bool) -> torch.Tensor:
-        parts = (icons.images(part) for part in indices.split(_ENCODE_BATCH))
-        return torch.cat([encode_latents(vae, part.flip(3) if flipped else part) for part in parts]) * scale
-
-    train = icons.select(use="all", held_out=False)
-    rows = [icons.icons[i] for i in train.tolist()]
-    latents = torch.stack([encode(train, flipped=flipped) for flipped in (False, True)], 1)  # (N, 2, C, h, w)
-    mirrored = torch.tensor([row.mirrored for row in rows], device=device)
-    frequency = draw_weights(config, rows).to(device)
-    captions_of = [captions(row.name, row.style) for row in rows]
-    texts = sorted({caption for own in captions_of for caption in own})
-    row_of = {text: i for i, text in enumerate(texts)}
-    choices = torch.tensor([[row_of[caption] for caption in own] for own in captions_of], device=device)
-    states = torch.cat([encode_text(text_encoder, tokenizer, texts[i : i + 512]) for i in range(0, len(texts), 512)])
-    empty = encode_text(text_encoder, tokenizer, [""])
-    held_out = icons.select(use="all", held_out=True)
-    held_out_latents = encode(held_out, flipped=False)
-    held_out_names = [icons.icons[i].name for i in held_out.tolist()]
-    held_out_states = encode_text(text_encoder, tokenizer, [f"icon of {name}" for name in held_out_names])
-
+    examples, held_out = _examples(config, icons, pipe), _held_out(icons, pipe)
     denoise = torch.compile(unet)
 
     def loss(_: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        size, given = config.batch_size, dict[str, Any](generator=generator, device=device)
-        picks = torch.multinomial(frequency, size, replacement=True, generator=generator)
-        flips = (torch.rand(size, **given) < config.flip_share) & mirrored[picks]
-        text = states[choices[picks, torch.randint(choices.shape[1], (size,), **given)]]
-        text = torch.where((torch.rand(size, **given) < config.empty_prompt_share)[:, None, None], empty, text)
-        clean = latents[picks, flips.long()]
-        noise = torch.randn(clean.shape, **given)
-        timesteps = (torch.rand(size, **given).sqrt() * len(scheduler.alphas_cumprod)).long()  # rather the noisy ones
+        clean, text = examples.draw(config, generator)
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        share = torch.rand(len(clean), generator=generator, device=device).sqrt()  # rather the noisy ones
+        timesteps = (share * len(scheduler.alphas_cumprod)).long()
         noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
         guess = denoise(noisy, timesteps, text.float(), return_dict=False)[0]
         return F.mse_loss(guess.float(), scheduler.get_velocity(clean, noise, timesteps)), {}
 
     def report(step: int) -> dict[str, float]:
-        generator = torch.Generator(device).manual_seed(0)
-        noise = torch.randn(held_out_latents.shape, generator=generator, device=device)
-        timesteps = torch.linspace(20, 980, len(held_out_latents), device=device).long()
-        noisy = scheduler.add_noise(held_out_latents, noise, timesteps)
-        velocity = scheduler.get_velocity(held_out_latents, noise, timesteps)
-        parts = zip(noisy.split(64), timesteps.split(64), held_out_states.split(64), strict=True)
-        guess = torch.cat([unet(a, t, s.float()).sample for a, t, s in parts])
+        held_out_loss = held_out.loss(unet, scheduler)
         if config.sample_prompts:
             grid = sample(pipe, config, list(config.sample_prompts))
             save_grid(grid, stage_dir / f"sample-{step:06d}.png", columns=8)
-        names = sorted(set(held_out_names))
+        names = sorted(set(held_out.names))
         made = sample(pipe, config, [f"icon of {name}" for name in names])
         ranks = caption_ranks(clip, tokenizer, made, names, torch.arange(len(names)))
-        return {
-            "held_out_loss": F.mse_loss(guess, velocity).item(),
-            "generated_top5": (ranks < 5).float().mean().item(),
-        }
+        return {"held_out_loss": held_out_loss, "generated_top5": (ranks < 5).float().mean().item()}
 
     fit(stage_dir, config, unet, loss, report, session)
     return pipe
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """What the denoiser learns from, encoded once: N pictures, T captions of which each picture has K."""
+
+    latents: torch.Tensor
+    """(N, 2, C, h, w): as they are, and mirrored."""
+    mirrored: torch.Tensor
+    """(N,): whether a picture may be mirrored."""
+    frequency: torch.Tensor
+    """(N,): see `draw_weights`."""
+    states: torch.Tensor
+    """(T, 24, D)."""
+    captions: torch.Tensor
+    """(N, K): rows of ``states``."""
+    empty: torch.Tensor
+    """(1, 24, D): the states of no words."""
+
+    def draw(self, config: UNetConfig, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch: clean latents (B, C, h, w) and text states (B, 24, D)."""
+        size, given = config.batch_size, dict[str, Any](generator=generator, device=self.latents.device)
+        picks = torch.multinomial(self.frequency, size, replacement=True, generator=generator)
+        flips = (torch.rand(size, **given) < config.flip_share) & self.mirrored[picks]
+        text = self.states[self.captions[picks, torch.randint(self.captions.shape[1], (size,), **given)]]
+        wordless = torch.rand(size, **given) < config.empty_prompt_share
+        return self.latents[picks, flips.long()], torch.where(wordless[:, None, None], self.empty, text)
+
+
+def _examples(config: UNetConfig, icons: IconSet, pipe: Any) -> _Examples:
+    """Encode the training pictures and their captions."""
+    train = icons.select(use="all", held_out=False)
+    rows = [icons.icons[i] for i in train.tolist()]
+    latents = [_scaled_latents(pipe.vae, icons, train, flipped=flipped) for flipped in (False, True)]
+    captions_of = [captions(row.name, row.style) for row in rows]
+    texts = sorted({caption for own in captions_of for caption in own})
+    row_of = {text: i for i, text in enumerate(texts)}
+    choices = [[row_of[caption] for caption in own] for own in captions_of]
+    encoder, tokenizer, device = pipe.text_encoder, pipe.tokenizer, latents[0].device
+    states = [encode_text(encoder, tokenizer, texts[i : i + 512]) for i in range(0, len(texts), 512)]
+    return _Examples(
+        torch.stack(latents, 1),
+        torch.tensor([row.mirrored for row in rows], device=device),
+        draw_weights(config, rows).to(device),
+        torch.cat(states),
+        torch.tensor(choices, device=device),
+        encode_text(encoder, tokenizer, [""]),
+    )
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """The held-out pictures, encoded once."""
+
+    names: list[str]
+    latents: torch.Tensor
+    """(N, C, h, w)."""
+    states: torch.Tensor
+    """(N, 24, D)."""
+
+    def loss(self, unet: UNet2DConditionModel, scheduler: Any) -> float:
+        """The denoising loss, of fixed noise and evenly spread timesteps."""
+        device = self.latents.device
+        generator = torch.Generator(device).manual_seed(0)
+        noise = torch.randn(self.latents.shape, generator=generator, device=device)
+        timesteps = torch.linspace(20, 980, len(self.latents), device=device).long()
+        noisy = scheduler.add_noise(self.latents, noise, timesteps)
+        velocity = scheduler.get_velocity(self.latents, noise, timesteps)
+        parts = zip(noisy.split(64), timesteps.split(64), self.states.split(64), strict=True)
+        guess = torch.cat([unet(a, t, s.float()).sample for a, t, s in parts])
+        return F.mse_loss(guess, velocity).item()
+
+
+def _held_out(icons: IconSet, pipe: Any) -> _HeldOut:
+    held_out = icons.select(use="all", held_out=True)
+    names = [icons.icons[i].name for i in held_out.tolist()]
+    states = encode_text(pipe.text_encoder, pipe.tokenizer, [f"icon of {name}" for name in names])
+    return _HeldOut(names, _scaled_latents(pipe.vae, icons, held_out, flipped=False), states)
+
+
+def _scaled_latents(vae: AutoencoderKL, icons: IconSet, indices: torch.Tensor, *, flipped: bool) -> torch.Tensor:
+    """Latents (N, C, h, w) of unit variance, of pictures as they are or mirrored."""
+    parts = (icons.images(part) for part in indices.split(_ENCODE_BATCH))
+    latents = torch.cat([encode_latents(vae, part.flip(3) if flipped else part) for part in parts])
+    return latents * vae.config["scaling_factor"]
 
 
 @torch.no_grad()
