@@ -8,9 +8,10 @@ from powersteer.core.errors import PowersteerError
 
 if TYPE_CHECKING:
     from powersteer.adapters.bps.model import BPSModel
+    from powersteer.adapters.load import load_adapter
     from powersteer.adapters.plan import SteeringPlan
     from powersteer.adapters.steering import steer
-    from powersteer.backbones.load import load_adapter, load_base
+    from powersteer.backbones.load import load_base
 
 __all__ = ["BPSModel", "PowersteerError", "SteeringPlan", "load_adapter", "load_base", "steer"]
 __version__ = "0.1.0"
@@ -23,7 +24,7 @@ def __getattr__(name: str) -> Any:
     rooms = {
         "BPSModel": "adapters.bps.model",
         "SteeringPlan": "adapters.plan",
-        "load_adapter": "backbones.load",
+        "load_adapter": "adapters.load",
         "load_base": "backbones.load",
         "steer": "adapters.steering",
     }

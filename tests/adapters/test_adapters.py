@@ -15,11 +15,11 @@ from powersteer.adapters.attach import (
     attach,
     channels_of,
     check_adapter,
-    load_network,
     make_adapter,
     record_of,
 )
 from powersteer.adapters.baselines import conditioning_widths
+from powersteer.adapters.load import load_network
 
 KINDS = ("paper", "lite", *BASELINES)
 

@@ -8,7 +8,7 @@ import torch
 
 from conftest import build_pipe
 from powersteer import BPSModel, PowersteerError
-from powersteer.adapters.attach import BASELINES, attach, load_network, make_adapter
+from powersteer.adapters.attach import BASELINES, attach, make_adapter
 from powersteer.adapters.bps.ablations import (
     ABLATIONS,
     AddedOnce,
@@ -17,6 +17,7 @@ from powersteer.adapters.bps.ablations import (
     WithoutTime,
     last_layers,
 )
+from powersteer.adapters.load import load_network
 from powersteer.adapters.steering import steered_layers
 from powersteer.backbones.load import load_base
 from powersteer.core.config import build_config

@@ -15,7 +15,7 @@ import yaml
 from condition_files import features, styled, write_conditions
 from conftest import draw_pairs, uniform_log_snr
 from powersteer import PowersteerError
-from powersteer.adapters.attach import load_network
+from powersteer.adapters.load import load_network
 from powersteer.apps import cli
 from powersteer.apps.experiments import compare
 from powersteer.apps.experiments import metrics as compare_metrics

@@ -23,13 +23,13 @@ from PIL.PngImagePlugin import PngInfo
 
 from authors import authors_names, network
 from conftest import draw_pairs
-from powersteer.adapters.attach import load_network
 from powersteer.adapters.bps.original import load_original
+from powersteer.adapters.load import load_network
 from powersteer.apps.studio.recipe import parse
 from powersteer.apps.studio.uploads import unpack_pairs, write_drawing
 from powersteer.backbones.load import load_base
 from powersteer.conditions.palettes import Palette
-from powersteer.conditions.tensors import read_features
+from powersteer.conditions.arrays import read_features
 from powersteer.core.config import load_config
 from powersteer.core.errors import PowersteerError
 from powersteer.core.images import open_picture

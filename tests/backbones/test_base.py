@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from powersteer import PowersteerError, load_base
-from powersteer.backbones.load import base_configs, embedded, load_clip
+from powersteer.backbones.load import base_configs, load_clip
 from powersteer.core.errors import PowersteerWarning
+from powersteer.core.files import embedded
 from powersteer.evaluation.features import Clip
 from tiny_bases import tiny_pipe
 

@@ -7,15 +7,17 @@ import torch
 from PIL import Image, ImageDraw
 
 from powersteer import load_adapter, load_base, steer
+from powersteer.adapters.load import EMBEDDED_ADAPTERS
 from powersteer.apps.demo import one_of_each_concept, run_demo
 from powersteer.apps.pretrain.clip import caption_ranks
-from powersteer.backbones.load import EMBEDDED_ADAPTERS, EMBEDDED_BASE, embedded, load_clip
+from powersteer.backbones.load import EMBEDDED_BASE, load_clip
 from powersteer.conditions import to_condition
+from powersteer.core.files import embedded
 from powersteer.core.pictures import from_pil
 from powersteer.data.pairs import Pairs
 from powersteer.data.prepare.openmoji import prepare_openmoji
 from powersteer.denoising.generate import steered_pictures
-from powersteer.evaluation.lines import line_f1
+from powersteer.conditions.fidelity.lines import line_f1
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 from conftest import build_pipe, draw_pairs, randomise
 from powersteer import BPSModel, PowersteerError, load_adapter, load_base
-from powersteer.adapters.attach import load_network, make_adapter
+from powersteer.adapters.attach import make_adapter
+from powersteer.adapters.hub import push
+from powersteer.adapters.load import load_network
 from powersteer.apps.cli import app
 from powersteer.backbones.load import base_configs
 from powersteer.core.card import MARK, model_card, write_card
-from powersteer.core.hub import push
 from powersteer.denoising.generate import GenerateSettings, generate, jobs_of
 from powersteer.training.config import TrainConfig
 from powersteer.training.run import train

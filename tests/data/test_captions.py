@@ -6,7 +6,8 @@ import pytest
 from transformers import CLIPTokenizer
 
 from conftest import build_tokenizer
-from powersteer.backbones.load import EMBEDDED_BASE, embedded
+from powersteer.backbones.load import EMBEDDED_BASE
+from powersteer.core.files import embedded
 from powersteer.data.captions import cut_captions, token_limit
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPModel
 
 from powersteer import PowersteerError
-from powersteer.backbones.load import embedded, load_clip
+from powersteer.backbones.load import load_clip
+from powersteer.core.files import embedded
 from powersteer.evaluation.features import Clip, HedTrunk, Inception, load_features, weights_sha256
 
 

@@ -26,7 +26,7 @@ from transformers import (
 
 from conftest import randomise
 from powersteer import BPSModel
-from powersteer.backbones import load as base
+from powersteer.adapters import load as adapters
 from tiny_bases import tiny_pipe, tiny_unet
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +116,7 @@ def reader(monkeypatch, tmp_path):
             tiny_adapter(name).save_pretrained(folder)
         return folder
 
-    monkeypatch.setattr(base, "fetch", fetched)
+    monkeypatch.setattr(adapters, "fetch", fetched)
     replace(BPSModel, lambda _, name: tiny_adapter(name))
     for kind in (DiffusionPipeline, AutoPipelineForText2Image, AutoPipelineForImage2Image, AutoPipelineForInpainting):
         replace(kind, pipeline)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from powersteer.adapters.load import load_adapter
 from powersteer.adapters.steering import steer
 from powersteer.apps import cli
-from powersteer.backbones.load import load_adapter, load_base
+from powersteer.backbones.load import load_base
 from powersteer.data.prepare.sources import openmoji
 
 KINDS = {

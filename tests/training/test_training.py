@@ -13,7 +13,7 @@ from PIL import Image
 
 from conftest import build_pipe, draw_pairs, randomise
 from powersteer import BPSModel, PowersteerError, steer
-from powersteer.backbones.load import load_adapter
+from powersteer.adapters.load import load_adapter
 from powersteer.core.errors import NonFiniteError
 from powersteer.data.encode import Encoder, encode_pairs
 from powersteer.data.order import batches

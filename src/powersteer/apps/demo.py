@@ -11,22 +11,25 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from powersteer.backbones.load import load_adapter, load_base
+from powersteer.adapters.bps.model import BPSModel
+from powersteer.adapters.load import load_adapter
+from powersteer.backbones.load import load_base
 from powersteer.core.config import build_config
 from powersteer.core.console import PlainConsole
 from powersteer.core.errors import PowersteerError
+from powersteer.core.files import reason_of
 from powersteer.core.pictures import from_pil, save_grid
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, condition_values, spread
 from powersteer.data.prepare.openmoji import prepare_openmoji
 from powersteer.denoising.generate import GUIDANCE_SCALE, steered_pictures
 from powersteer.denoising.heldout import HeldOut
-from powersteer.evaluation.lines import line_f1
+from powersteer.conditions.fidelity.lines import line_f1
 from powersteer.evaluation.report import write_report
 from powersteer.training.config import TINY_LEARNING_RATE, TrainConfig
 from powersteer.training.run import train
 
-GRID_ROWS = 12
+GRID_ROWS, REPORT_ROWS = 12, 24
 TRAIN_MINUTES = 6.0
 """The most that a slow machine trains; a fast one is done with its steps before."""
 MEASURED_PAIRS = 200
@@ -61,10 +64,43 @@ def run_demo(
     console = PlainConsole(stderr=True)
     started = time.perf_counter()
     data = prepare_openmoji(out_dir / "openmoji")
-    run_name = "adapter" if pairs is None else f"adapter-{pairs}"
+    config = _training(out_dir, data, pairs, steps, seed)
+    trained = train(config)
+    if trained.interrupted:
+        return DemoResult(out_dir, {}, interrupted=True)
+
+    pipe, model = load_base(), load_adapter(str(trained.adapter_dir))
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    test = Pairs(data / "test", (side, side))
+    held_out = HeldOut(pipe, encode_pairs(pipe, test, out_dir / "cache"), draws=2, limit=MEASURED_PAIRS)
+    console.print(f"measuring on {len(held_out)} held-out pairs")
+    losses = _denoising_losses(held_out, model)
+    shown = _generate(pipe, model, test, pictures, seed)
+    metrics: dict[str, Any] = {
+        "pairs": len(Pairs(data / "train", (side, side), limit=pairs)),
+        "held_out_pairs": len(held_out),
+        "held_out_pictures": len(shown.texts),
+        "steps": trained.step,
+        "best_step": trained.best_step,
+        "train_seconds": round(trained.seconds, 1),
+        "parameters": model.num_parameters(),
+        "guidance_scale": GUIDANCE_SCALE,
+        "num_inference_steps": STEPS_A_PICTURE,
+        "seed": seed,
+        "denoising_loss": losses,
+        "loss_reduction": 1 - losses["steered"] / losses["prior"],
+        "line_f1": _line_fidelity(shown),
+        "minutes": round((time.perf_counter() - started) / 60, 2),
+    }
+    _report(out_dir, metrics, shown, config.output_dir / "log.jsonl")
+    return DemoResult(out_dir, metrics)
+
+
+def _training(out_dir: Path, data: Path, pairs: int | None, steps: int | None, seed: int) -> TrainConfig:
+    """The recipe: all pairs with uniform weights, or few with the preset for few; see `run_demo`."""
     settings: dict[str, Any] = {
         "train_data_dir": str(data / "train"),
-        "output_dir": out_dir / run_name,
+        "output_dir": out_dir / ("adapter" if pairs is None else f"adapter-{pairs}"),
         "learning_rate": TINY_LEARNING_RATE,
         "cache_dir": out_dir / "cache",
         "max_train_minutes": TRAIN_MINUTES,
@@ -75,29 +111,44 @@ def run_demo(
     else:
         settings |= {"preset": "few-shot", "max_train_samples": pairs}
         settings |= {"max_train_steps": steps} if steps else {}
-    config = build_config(settings, TrainConfig)
-    trained = train(config)
-    if trained.interrupted:
-        return DemoResult(out_dir, {}, interrupted=True)
+    return build_config(settings, TrainConfig)
 
-    pipe = load_base()
-    model = load_adapter(str(trained.adapter_dir))
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    test = Pairs(data / "test", (side, side))
-    held_out = HeldOut(pipe, encode_pairs(pipe, test, out_dir / "cache"), draws=2, limit=MEASURED_PAIRS)
-    console.print(f"measuring on {len(held_out)} held-out pairs")
-    losses = {
+
+def _denoising_losses(held_out: HeldOut, model: BPSModel) -> dict[str, float]:
+    return {
         "prior": held_out.losses(None).mean().item(),
         "steered": held_out.losses(model).mean().item(),
         "shuffled": held_out.losses(model, shuffled=True).mean().item(),
     }
 
+
+@dataclass(frozen=True)
+class _Shown:
+    """Held-out drawings and what was made of them, N each."""
+
+    texts: list[str]
+    drawings: torch.Tensor
+    """(N, 1, H, W) in [0, 1]."""
+    artist: torch.Tensor
+    """(N, 3, H, W) in [-1, 1]: the data's own pictures."""
+    made: dict[str, torch.Tensor]
+    """(N, 3, H, W) in [-1, 1]: the ``prior``'s, ``steered``, and steered by another's drawing (``shuffled``)."""
+
+    def row(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Drawing, prior's, steered and artist's picture, (3, H, W) each."""
+        drawing = self.drawings[i].expand(3, -1, -1) * -2 + 1
+        return drawing, self.made["prior"][i], self.made["steered"][i], self.artist[i]
+
+
+def _generate(pipe: Any, model: BPSModel, test: Pairs, pictures: int, seed: int) -> _Shown:
+    """Pictures of ``pictures`` held-out concepts, each from the same noise for all kinds."""
     chosen = one_of_each_concept(test, pictures)
+    texts = [test.texts[i] for i in chosen]
     drawings = condition_values(torch.stack([test[i][1] for i in chosen]))
     made: dict[str, list[torch.Tensor]] = {"prior": [], "steered": [], "shuffled": []}
-    for batch in track(torch.arange(len(chosen)).split(20), "generating", transient=True, console=console):
-        prompts = [test.texts[chosen[int(i)]] for i in batch]
-        seeds = [seed + int(i) for i in batch]
+    batches, console = torch.arange(len(chosen)).split(20), PlainConsole(stderr=True)
+    for batch in track(batches, "generating", transient=True, console=console):
+        prompts, seeds = [texts[int(i)] for i in batch], [seed + int(i) for i in batch]
         others = drawings[(batch + len(chosen) // 2) % len(chosen)]
         for kind, condition in (("prior", None), ("steered", drawings[batch]), ("shuffled", others)):
             network = None if condition is None else model
@@ -106,64 +157,38 @@ def run_demo(
             )
             made[kind] += [from_pil(image) for image in images]
     artist = torch.stack([test[i][0] for i in chosen])
-    pictured = {kind: torch.stack(images) for kind, images in made.items()}
-    fidelity = {kind: line_f1(drawings, images).mean().item() for kind, images in pictured.items()}
-    fidelity["artist"] = line_f1(drawings, artist).mean().item()
-    fidelity["share_of_way"] = (fidelity["steered"] - fidelity["prior"]) / (fidelity["artist"] - fidelity["prior"])
+    return _Shown(texts, drawings, artist, {kind: torch.stack(images) for kind, images in made.items()})
 
-    metrics: dict[str, Any] = {
-        "pairs": len(Pairs(data / "train", (side, side), limit=pairs)),
-        "held_out_pairs": len(held_out),
-        "held_out_pictures": len(chosen),
-        "steps": trained.step,
-        "best_step": trained.best_step,
-        "train_seconds": round(trained.seconds, 1),
-        "parameters": model.num_parameters(),
-        "guidance_scale": GUIDANCE_SCALE,
-        "num_inference_steps": STEPS_A_PICTURE,
-        "seed": seed,
-        "denoising_loss": losses,
-        "loss_reduction": 1 - losses["steered"] / losses["prior"],
-        "line_f1": fidelity,
-        "minutes": round((time.perf_counter() - started) / 60, 2),
-    }
+
+def _line_fidelity(shown: _Shown) -> dict[str, float]:
+    """F1 of the lines, and the share of the way from the prior to the artist that steering goes."""
+    pictured = {**shown.made, "artist": shown.artist}
+    fidelity = {kind: line_f1(shown.drawings, images).mean().item() for kind, images in pictured.items()}
+    gained, possible = fidelity["steered"] - fidelity["prior"], fidelity["artist"] - fidelity["prior"]
+    return {**fidelity, "share_of_way": gained / possible}
+
+
+def _report(out_dir: Path, metrics: dict[str, Any], shown: _Shown, log: Path) -> None:
+    """Write the grid, the figures and the page.
+
+    Raises:
+        PowersteerError: ``out_dir`` cannot be written.
+    """
+    count = len(shown.texts)
+    cells = [picture for i in spread(count, GRID_ROWS) for picture in shown.row(i)]
+    headings = ("drawing", "prior", "steered", "artist")
+    names = ("drawing", "prior, same seed", "steered", "the artist's picture")
+    rows = [
+        {"text": shown.texts[i], "pictures": dict(zip(names, shown.row(i), strict=True))}
+        for i in spread(count, REPORT_ROWS)
+    ]
     try:
-        rows = spread(len(chosen), GRID_ROWS)
-        shown = torch.stack(
-            [
-                picture
-                for i in rows
-                for picture in (
-                    drawings[i].expand(3, -1, -1) * -2 + 1,
-                    pictured["prior"][i],
-                    pictured["steered"][i],
-                    artist[i],
-                )
-            ]
-        )
-        headings = ("drawing", "prior", "steered", "artist") * 2
-        save_grid(shown, out_dir / "grid.png", columns=8, scale=2, headings=headings)
+        save_grid(torch.stack(cells), out_dir / "grid.png", columns=8, scale=2, headings=headings * 2)
         (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        write_report(
-            out_dir / "report.html",
-            metrics,
-            [
-                {
-                    "text": test.texts[chosen[i]],
-                    "pictures": {
-                        "drawing": drawings[i].expand(3, -1, -1) * -2 + 1,
-                        "prior, same seed": pictured["prior"][i],
-                        "steered": pictured["steered"][i],
-                        "the artist's picture": artist[i],
-                    },
-                }
-                for i in spread(len(chosen), 24)
-            ],
-            [json.loads(line) for line in (config.output_dir / "log.jsonl").read_text().splitlines()],
-        )
+        logged = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        write_report(out_dir / "report.html", metrics, rows, logged)
     except OSError as error:
-        raise PowersteerError(f"cannot write to {out_dir}: {error.strerror}") from None
-    return DemoResult(out_dir, metrics)
+        raise PowersteerError(f"cannot write to {out_dir}: {reason_of(error)}") from None
 
 
 def one_of_each_concept(test: Pairs, limit: int) -> list[int]:

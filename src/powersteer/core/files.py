@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 
 from powersteer.core.errors import PowersteerError
+
+
+def embedded(name: str) -> Path:
+    """The folder of something that ships in the package."""
+    return Path(str(files("powersteer.core"))) / "assets" / name
 
 
 def read_bytes(path: Path) -> bytes:

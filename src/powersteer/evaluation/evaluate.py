@@ -13,7 +13,8 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 
-from powersteer.adapters.attach import Adapter, channels_of, check_adapter, load_network, record_of
+from powersteer.adapters.attach import Adapter, channels_of, check_adapter, record_of
+from powersteer.adapters.load import load_network
 from powersteer.backbones.load import EMBEDDED_BASE, load_base
 from powersteer.core.console import PlainConsole
 from powersteer.core.errors import PowersteerError
@@ -24,19 +25,17 @@ from powersteer.data.conditioning import conditioning_of
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, condition_values, spread
 from powersteer.data.splits import held_out_folder
-from powersteer.denoising.generate import (
+from powersteer.denoising.generate import check_steps, make_scheduler, steered_pictures
+from powersteer.denoising.heldout import HeldOut
+from powersteer.denoising.objective import noise_schedule
+from powersteer.denoising.settings import (
     GUIDANCE_SCALE,
     MAX_GUIDANCE,
     MAX_PICTURES,
     MAX_STEPS,
     NUM_INFERENCE_STEPS,
     Scheduler,
-    check_steps,
-    make_scheduler,
-    steered_pictures,
 )
-from powersteer.denoising.heldout import HeldOut
-from powersteer.denoising.objective import noise_schedule
 from powersteer.evaluation.features import weights_sha256
 from powersteer.evaluation.figures import PRIOR, REAL, SHUFFLED, STEERED, Evaluation, Figure, Value, environment
 from powersteer.evaluation.information import denoiser_errors, measure_information

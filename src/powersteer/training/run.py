@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from powersteer.adapters.attach import Adapter, load_network
+from powersteer.adapters.attach import Adapter
+from powersteer.adapters.load import load_network
 from powersteer.backbones.load import load_base
 from powersteer.core.card import write_card
 from powersteer.core.console import PlainConsole

@@ -15,14 +15,15 @@ from accelerate.utils import ProjectConfiguration
 from powersteer.adapters.attach import (
     Adapter,
     check_adapter,
-    load_network,
     make_adapter,
     record_of,
     save_activation_memory,
 )
 from powersteer.adapters.bps.ablations import ABLATIONS, NO_LATENTS
 from powersteer.adapters.bps.model import BPSModel
-from powersteer.conditions.kinds import BLIND, FEATURE
+from powersteer.adapters.load import load_network
+from powersteer.conditions.kind import KINDS
+from powersteer.conditions.kinds import BLIND
 from powersteer.core.errors import PowersteerError
 from powersteer.core.hardware import native_precision
 from powersteer.data.conditioning import DATASET_FILE, Conditioning, conditioning_of
@@ -171,7 +172,7 @@ def network_arguments(config: TrainConfig, prediction_type: str, vae_scale_facto
     own_widths = {"hidden_channels": config.hidden_channels, "up_channels": config.up_channels}
     return {
         "conditioning_channels": given.channels,
-        "pixel_unshuffle": 1 if given.kind == FEATURE else vae_scale_factor,
+        "pixel_unshuffle": 1 if KINDS.find(given.kind).at_latents else vae_scale_factor,
         "preset": config.network,
         "weights": config.weights,
         "prediction_type": prediction_type,
@@ -254,7 +255,7 @@ def conditioning(config: TrainConfig) -> Conditioning:
     found = conditioning_of(config.train_data_dir, config.conditioning_channels, config.conditioning_kind)
     if config.validation_data_dir is not None:
         conditioning_of(str(config.validation_data_dir), found.channels, found.kind)
-    if found.kind == FEATURE and config.random_crops:
+    if KINDS.find(found.kind).at_latents and config.random_crops:
         raise PowersteerError("random_crops cannot cut feature maps out of their pictures: give random_crops=0")
     return found
 

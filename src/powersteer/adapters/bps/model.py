@@ -32,9 +32,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 
 from powersteer.adapters.bps.presets import network_shape
+from powersteer.adapters.hub import HubMixin
 from powersteer.backbones.fingerprint import fingerprint
 from powersteer.core.errors import PowersteerError
-from powersteer.core.hub import HubMixin
 from powersteer.core.weights import filled
 
 GROUP_NORM_EPS = 1e-5

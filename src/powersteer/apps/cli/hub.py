@@ -30,7 +30,7 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
 ) -> None:
     """Upload an adapter with its card and pictures to the Hugging Face Hub."""
-    from powersteer.core.hub import push as run
+    from powersteer.adapters.hub import push as run
 
     address = run(folder, repo_id, private=private or None, commit_message=commit_message, create_pr=create_pr)
     show(address)

@@ -21,15 +21,17 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from powersteer.adapters.attach import load_network
+from powersteer.adapters.load import load_network
 from powersteer.apps.experiments.metrics import METRICS, Trial
 from powersteer.backbones.load import load_base
+from powersteer.conditions import condition_picture
+from powersteer.conditions.kind import KINDS
 from powersteer.conditions.kinds import BLIND
 from powersteer.core.config import StrictConfig, build_config
 from powersteer.core.console import PlainConsole
 from powersteer.core.errors import NonFiniteError, PowersteerError
 from powersteer.core.hardware import best_device, machine
-from powersteer.core.pictures import condition_picture, save_grid
+from powersteer.core.pictures import save_grid
 from powersteer.data.conditioning import conditioning_of
 from powersteer.data.encode import EncodedPairs, encode_pairs
 from powersteer.data.pairs import Pairs, spread
@@ -192,7 +194,7 @@ class _Comparison:
         self.protocol = [experiment.metrics, experiment.test_pairs, experiment.pictures]
         self.memories: dict[str, int] = {}
         kind = conditioning(self.config).kind
-        if "lines" in experiment.metrics and kind != "sketch":
+        if "lines" in experiment.metrics and not KINDS.find(kind).line_art:
             raise PowersteerError(
                 f"the metric lines is of sketches, the conditions are of the kind {kind}: give metrics=[information, "
                 "denoising, fidelity]"

@@ -12,10 +12,11 @@ from typing import Any
 
 from PIL import Image
 
+from powersteer.adapters.load import EMBEDDED_ADAPTERS
 from powersteer.apps.studio.folders import make_room, work_folder
 from powersteer.apps.studio.guard import Guard
 from powersteer.apps.studio.uploads import MAX_PIXELS
-from powersteer.backbones.load import EMBEDDED_ADAPTERS, EMBEDDED_BASE
+from powersteer.backbones.load import EMBEDDED_BASE
 from powersteer.core.errors import PowersteerError
 
 QUEUE = 32

@@ -21,13 +21,14 @@ import torch
 from PIL import Image, ImageOps
 
 from powersteer.adapters.bps.model import BPSModel
+from powersteer.adapters.load import load_adapter
 from powersteer.adapters.steering import check_fits
 from powersteer.apps.studio.folders import make_room
 from powersteer.apps.studio.progress import Progress, Watch, reported
 from powersteer.apps.studio.recipe import parse, record_of
 from powersteer.apps.studio.uploads import check_picture, write_drawing
 from powersteer.apps.studio.wishes import CONDITIONS, MAX_SEED, Wanted, Wish, checked
-from powersteer.backbones.load import EMBEDDED_BASE, load_adapter, load_base
+from powersteer.backbones.load import EMBEDDED_BASE, load_base
 from powersteer.conditions.extractors.extractor import EXTRACTORS, Extractor, Subject
 from powersteer.conditions.kinds import FEATURE
 from powersteer.conditions.layers import on_paper
@@ -44,7 +45,7 @@ from powersteer.denoising.generate import (
     steered_pictures,
 )
 from powersteer.denoising.metadata import read_metadata, save_picture
-from powersteer.evaluation.lines import line_f1
+from powersteer.conditions.fidelity.lines import line_f1
 
 CANVAS_SIDE = 512
 BATCH_SIZE = 4
