@@ -72,7 +72,7 @@ class GenerateBench:
 
 
 @torch.no_grad()
-def bench_generate(
+def bench_generate(  # each parameter is an option of the bench
     shape: Shape = "sd15",
     *,
     device: str = "cpu",
@@ -107,17 +107,13 @@ def bench_generate(
     """
     names = chosen(list(WAYS), only)
     torch.manual_seed(0)
-    with must_fit(shape, device), torch.device(device):
-        unet, factor = make_unet(shape)
-        vae = make_vae(shape)
-        for module in (unet, vae):
-            nn.Module.to(module.eval(), dtype)
-    pixels, dtype_name = factor * unet.config["sample_size"], str(dtype).removeprefix("torch.")
+    parts = _Parts.of(shape, device, dtype, compiled)
+    dtype_name = str(dtype).removeprefix("torch.")
     result = GenerateBench(
-        shape, pixels, num_inference_steps, device, dtype_name, compiled, rounds, machine(device), []
+        shape, parts.pixels, num_inference_steps, device, dtype_name, compiled, rounds, machine(device), []
     )
     for batch_size in batch_sizes:
-        scene = _Scene(shape, unet, vae, factor, batch_size, num_inference_steps, compiled, device)
+        scene = _Scene(parts, batch_size, num_inference_steps)
         for name in names:
             result.rows.append(_measure(name, scene, rounds))
             release(device, compiled=compiled)
@@ -125,41 +121,31 @@ def bench_generate(
     return result
 
 
-class _Scene:
-    """The parts of all pipelines, what they are given, and the bare one."""
+@dataclass(frozen=True)
+class _Parts:
+    """What all pipelines are put together from."""
 
-    def __init__(
-        self,
-        shape: Shape,
-        unet: Any,
-        vae: Any,
-        factor: int,
-        batch_size: int,
-        num_inference_steps: int,
-        compiled: bool,
-        device: str,
-    ) -> None:
-        self.shape: Shape = shape
-        self.unet, self.vae, self.factor = unet, vae, factor
-        self.batch_size, self.compiled, self.device = batch_size, compiled, device
-        self.pixels = factor * unet.config["sample_size"]
-        width, side, dtype = unet.config["cross_attention_dim"], unet.config["sample_size"], unet.dtype
-        with torch.device(device):
-            self.inputs: dict[str, Any] = {
-                "prompt_embeds": torch.randn(batch_size, 77, width, dtype=dtype),
-                "negative_prompt_embeds": torch.randn(batch_size, 77, width, dtype=dtype),
-                "latents": torch.randn(batch_size, 4, side, side, dtype=dtype),
-                "height": self.pixels,
-                "width": self.pixels,
-                "guidance_scale": GUIDANCE_SCALE,
-                "num_inference_steps": num_inference_steps,
-                "output_type": "pt",
-            }
-            if shape == "sdxl":
-                for name in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
-                    self.inputs[name] = torch.randn(batch_size, 1280, dtype=dtype)
-        bare = self.pipeline((StableDiffusionPipeline, StableDiffusionXLPipeline))
-        self.bare: Step = lambda: bare(**self.inputs)
+    shape: Shape
+    unet: Any
+    vae: Any
+    factor: int
+    """Pixels per latent pixel, along each side."""
+    compiled: bool
+    device: str
+
+    @classmethod
+    def of(cls, shape: Shape, device: str, dtype: torch.dtype, compiled: bool) -> _Parts:
+        with must_fit(shape, device), torch.device(device):
+            unet, factor = make_unet(shape)
+            vae = make_vae(shape)
+            for module in (unet, vae):
+                nn.Module.to(module.eval(), dtype)
+        return cls(shape, unet, vae, factor, compiled, device)
+
+    @property
+    def pixels(self) -> int:
+        """Side of a picture."""
+        return self.factor * self.unet.config["sample_size"]
 
     def pipeline(self, kinds: tuple[Any, Any], **parts: Any) -> Any:
         """A pipeline with a U-Net of its own: one of a class for Stable Diffusion and one for SDXL."""
@@ -187,20 +173,51 @@ class _Scene:
         return torch.rand(count, channels, self.pixels, self.pixels, device=self.device)
 
 
+class _Scene:
+    """What the pipelines are given for one size of batch, and the bare pipeline.
+
+    Args:
+        parts: Of the pipelines.
+        batch_size: Pictures made at once.
+        num_inference_steps: Denoising steps.
+    """
+
+    def __init__(self, parts: _Parts, batch_size: int, num_inference_steps: int) -> None:
+        self.parts, self.batch_size = parts, batch_size
+        unet = parts.unet
+        width, side, dtype = unet.config["cross_attention_dim"], unet.config["sample_size"], unet.dtype
+        with torch.device(parts.device):
+            self.inputs: dict[str, Any] = {
+                "prompt_embeds": torch.randn(batch_size, 77, width, dtype=dtype),
+                "negative_prompt_embeds": torch.randn(batch_size, 77, width, dtype=dtype),
+                "latents": torch.randn(batch_size, 4, side, side, dtype=dtype),
+                "height": parts.pixels,
+                "width": parts.pixels,
+                "guidance_scale": GUIDANCE_SCALE,
+                "num_inference_steps": num_inference_steps,
+                "output_type": "pt",
+            }
+            if parts.shape == "sdxl":
+                for name in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
+                    self.inputs[name] = torch.randn(batch_size, 1280, dtype=dtype)
+        bare = parts.pipeline((StableDiffusionPipeline, StableDiffusionXLPipeline))
+        self.bare: Step = lambda: bare(**self.inputs)
+
+
 def _measure(name: str, scene: _Scene, rounds: int) -> Row:
-    is_bare, cuda = name == BARE, is_cuda(scene.device)
+    is_bare, cuda = name == BARE, is_cuda(scene.parts.device)
     try:
         with WAYS[name](scene) as generate:
-            warm_up = timed(generate, scene.device)
+            warm_up = timed(generate, scene.parts.device)
             if not is_bare:
-                timed(scene.bare, scene.device)
+                timed(scene.bare, scene.parts.device)
 
             def turn() -> None:
                 if cuda:
                     torch.cuda.reset_peak_memory_stats()
                 generate()
 
-            turns = take_turns(turn, None if is_bare else scene.bare, rounds, scene.device)
+            turns = take_turns(turn, None if is_bare else scene.bare, rounds, scene.parts.device)
             return Row(
                 name,
                 scene.batch_size,
@@ -221,10 +238,10 @@ def _bare(scene: _Scene) -> Generator[Step]:
 
 @contextmanager
 def _bps(scene: _Scene, preset: str, *, first: bool) -> Generator[Step]:
-    with torch.device(scene.device):
-        model = scene.ready(make_bps(scene.unet, scene.factor, preset))
-    pipe = scene.pipeline((StableDiffusionPipeline, StableDiffusionXLPipeline))
-    condition, plan = scene.random(1, 1), SteeringPlan()
+    with torch.device(scene.parts.device):
+        model = scene.parts.ready(make_bps(scene.parts.unet, scene.parts.factor, preset))
+    pipe = scene.parts.pipeline((StableDiffusionPipeline, StableDiffusionXLPipeline))
+    condition, plan = scene.parts.random(1, 1), SteeringPlan()
 
     def generate() -> None:
         if first:
@@ -237,23 +254,23 @@ def _bps(scene: _Scene, preset: str, *, first: bool) -> Generator[Step]:
 
 @contextmanager
 def _controlnet(scene: _Scene) -> Generator[Step]:
-    with torch.device(scene.device):
-        network = scene.ready(make_controlnet(scene.unet, scene.factor))
+    with torch.device(scene.parts.device):
+        network = scene.parts.ready(make_controlnet(scene.parts.unet, scene.parts.factor))
     kinds = (StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline)
-    pipe, picture = scene.pipeline(kinds, controlnet=network), scene.random(1, 3)
+    pipe, picture = scene.parts.pipeline(kinds, controlnet=network), scene.parts.random(1, 3)
     yield lambda: pipe(**scene.inputs, image=picture)
 
 
 @contextmanager
 def _t2i_adapter(scene: _Scene) -> Generator[Step]:
-    with torch.device(scene.device):
-        network = scene.ready(make_t2i_adapter(scene.unet, scene.factor, scene.shape))
+    with torch.device(scene.parts.device):
+        network = scene.parts.ready(make_t2i_adapter(scene.parts.unet, scene.parts.factor, scene.parts.shape))
     kinds = (StableDiffusionAdapterPipeline, StableDiffusionXLAdapterPipeline)
-    pipe, picture = scene.pipeline(kinds, adapter=network), scene.random(1, 1)
+    pipe, picture = scene.parts.pipeline(kinds, adapter=network), scene.parts.random(1, 1)
     inputs = {**scene.inputs, "image": picture.expand(scene.batch_size, -1, -1, -1)}
 
     def generate() -> None:
-        if scene.shape == "sdxl":
+        if scene.parts.shape == "sdxl":
             pipe(**inputs)
         else:  # whose pipeline would make NumPy arrays of the pictures, on the CPU
             latents = pipe(**inputs | {"output_type": "latent"}).images
