@@ -26,7 +26,7 @@ class Metadata:
     """What one picture carries: how it was made, and from what."""
 
     settings: dict[str, Any]
-    """The fields of `powersteer.denoising.generate.GenerateSettings` and `PictureJob`."""
+    """The fields of `powersteer.denoising.settings.GenerateSettings` and `PictureJob`."""
     conditions: list[bytes]
     """The files that it was made to follow, where the picture carries them."""
 
