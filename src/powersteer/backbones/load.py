@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from powersteer.adapters.bps.model import BPSModel
 from powersteer.backbones.embedded import EMBEDDED_BASE
 from powersteer.backbones.parts import (
     INDEX,
@@ -26,18 +24,11 @@ from powersteer.backbones.parts import (
     stems,
 )
 from powersteer.core.errors import PowersteerError
-from powersteer.core.files import is_file, is_folder, reason_of
+from powersteer.core.files import embedded, is_file, is_folder, reason_of
 from powersteer.core.hub import CONFIG, WEIGHTS, fetch, fetch_weights
 from powersteer.core.records import check_config
 from powersteer.core.text import read_object
 from powersteer.core.weights import check_sizes, filled, read_tensors, shown
-
-EMBEDDED_ADAPTERS = {"sketch": "powersteer-tiny-sketch"}
-
-
-def embedded(name: str) -> Path:
-    """The folder of something that ships in the package."""
-    return Path(str(files("powersteer.core"))) / "assets" / name
 
 
 def source_of(name_or_path: str) -> str:
@@ -122,16 +113,6 @@ def _assembled(folder: Path, parts: Mapping[str, Any]) -> Any:
         raise PowersteerError(f"its parts make no pipeline ({reason_of(error)})") from None
 
 
-def load_adapter(name_or_path: str) -> BPSModel:
-    """A trained steering network: ``sketch`` (embedded), a folder, or ``user/name`` on the Hub.
-
-    Raises:
-        PowersteerError: There is no such adapter, it is not a BPS network or incomplete, damaged or not finite, or a
-            newer powersteer wrote it.
-    """
-    return load_saved(name_or_path, {BPSModel.__name__: BPSModel})
-
-
 def load_saved(name_or_path: str, known: Mapping[str, type]) -> Any:
     """A trained network of one of these classes, in evaluation mode.
 
@@ -142,7 +123,7 @@ def load_saved(name_or_path: str, known: Mapping[str, type]) -> Any:
     Raises:
         PowersteerError: See `load_adapter`.
     """
-    path = embedded(EMBEDDED_ADAPTERS[name_or_path]) if name_or_path in EMBEDDED_ADAPTERS else Path(name_or_path)
+    path = Path(name_or_path)
     remote = not is_folder(path)
     if remote:
         if is_file(path):

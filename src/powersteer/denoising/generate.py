@@ -17,8 +17,9 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, Dif
 from PIL import Image
 from rich.progress import Progress
 
-from powersteer.adapters.attach import Adapter, attach, channels_of, check_adapter, factor_of, load_network, record_of
+from powersteer.adapters.attach import Adapter, attach, channels_of, check_adapter, factor_of, record_of
 from powersteer.adapters.bps.model import BPSModel
+from powersteer.adapters.load import load_network
 from powersteer.adapters.steering import steer
 from powersteer.backbones.load import load_base
 from powersteer.conditions.files import Fit, check_condition, fit_of, fitted, read_condition

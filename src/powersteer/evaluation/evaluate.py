@@ -13,7 +13,8 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 
-from powersteer.adapters.attach import Adapter, channels_of, check_adapter, load_network, record_of
+from powersteer.adapters.attach import Adapter, channels_of, check_adapter, record_of
+from powersteer.adapters.load import load_network
 from powersteer.backbones.load import EMBEDDED_BASE, load_base
 from powersteer.core.console import PlainConsole
 from powersteer.core.errors import PowersteerError
