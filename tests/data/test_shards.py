@@ -279,7 +279,13 @@ def test_ranges_of_shards(source, tmp_path):
     for pattern in ("{5..1}.tar", "{0..99999999999}.tar", "{0.." + "9" * 6000 + "}.tar"):
         with pytest.raises(PowersteerError, match=r"is no range of shards: give \{000\.\.099\}, the lesser first"):
             list_shards(f"{folder}/{pattern}")
+    with pytest.raises(PowersteerError, match="stands for more than 100,000 shards"):
+        list_shards(f"{folder}/{{0..999}}-{{0..999}}.tar")
     assert list_shards(f"{folder}/{{001..001}}.tar") == [f"{folder}/001.tar"]
+    names = [f"{folder}/{name}.tar" for name in ("a-08", "a-10", "b-08", "b-10")]
+    assert list_shards(f"{folder}/{{a,b}}-{{08..10..2}}.tar") == names
+    for literal in ("{001}.tar", "{001.tar", "\\001.tar", "{" * 5000 + "}" * 5000 + ".tar"):  # folders may be called so
+        assert list_shards(f"{folder}/{literal}") == [f"{folder}/{literal}"]
 
 
 def fuzzed(whole, chance):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from powersteer.data.prepare.sources.base import Wanted
 from powersteer.data.prepare.sources.coco import Coco
 from powersteer.data.prepare.sources.folder import Folder
 from powersteer.data.prepare.sources.frame import open_frame
-from powersteer.data.prepare.sources.masks import to_mask, unpack_runs
+from powersteer.data.prepare.sources.masks import to_mask
 from powersteer.data.prepare.sources.openmoji import OpenMoji, element_boxes, regions
 
 WIDTH, HEIGHT = 24, 16
@@ -120,16 +121,27 @@ def test_masks_are_those_of_cocos_tools():
         mask = np.random.default_rng(seed).random((HEIGHT, WIDTH)) < 0.5 if seed else np.zeros((HEIGHT, WIDTH), bool)
         packed = tools.encode(np.asfortranarray(mask.astype(np.uint8)))
         text = {"size": packed["size"], "counts": packed["counts"].decode()}
-        plain = {"size": packed["size"], "counts": unpack_runs(text["counts"])}
+        columns = mask.ravel(order="F").astype(int)
+        edges = np.flatnonzero(np.diff(columns, prepend=0))
+        plain = {"size": packed["size"], "counts": np.diff(edges, prepend=0, append=columns.size).tolist()}
         assert np.array_equal(to_mask(text, (WIDTH, HEIGHT)), mask)
         assert np.array_equal(to_mask(plain, (WIDTH, HEIGHT)), mask)
     polygon = [[3.2, 2.1, 20.4, 4.0, 15.5, 13.7, 5.1, 11.2]]
     theirs = tools.decode(tools.merge(tools.frPyObjects(polygon, HEIGHT, WIDTH))).astype(bool)
-    ours = to_mask(polygon, (WIDTH, HEIGHT))
-    assert (ours & theirs).sum() / (ours | theirs).sum() > 0.9  # a pixel of difference along the edge
+    assert np.array_equal(to_mask(polygon, (WIDTH, HEIGHT)), theirs)
     square = np.zeros((HEIGHT, WIDTH), dtype=bool)
     square[4:8, 6:9] = True
     assert np.array_equal(to_mask([[6, 4, 9, 4, 9, 8, 6, 8]], (WIDTH, HEIGHT)), square)
+    assert np.array_equal(to_mask([[6, 4, 9, 4, 9, 8, 6, 8], [1, 1, 20, 9]], (WIDTH, HEIGHT)), square)  # a line
+    assert not to_mask([[1, 1, 20, 9]], (WIDTH, HEIGHT)).any()
+
+
+def test_masks_without_cocos_tools(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    root = str(write_coco(tmp_path))
+    assert find_source(root).items(Wanted("layout"))
+    with pytest.raises(PowersteerError, match=r"COCO's masks need pycocotools: pip install 'powersteer\[coco\]'"):
+        find_source(root).items(Wanted("segmentation"))
 
 
 @pytest.mark.parametrize(
@@ -139,6 +151,14 @@ def test_masks_are_those_of_cocos_tools():
         ({"size": [HEIGHT, WIDTH], "counts": [5]}, "cover 5 pixels of 384"),
         ({"counts": [5]}, "neither polygons nor run lengths"),
         ({"size": [HEIGHT, WIDTH], "counts": "o"}, "neither polygons nor run lengths"),
+        ({"size": [HEIGHT, WIDTH], "counts": "é0"}, "neither polygons nor run lengths"),
+        ({"size": [HEIGHT, WIDTH], "counts": ""}, "neither polygons nor run lengths"),
+        ({"size": [HEIGHT, WIDTH], "counts": "PPPPPPP0"}, "neither polygons nor run lengths"),
+        ({"size": [HEIGHT, WIDTH], "counts": "5"}, "end before the last of 384 pixels"),
+        ({"size": [HEIGHT, WIDTH], "counts": "ooo0"}, "neither polygons nor run lengths"),
+        ({"size": [HEIGHT, WIDTH], "counts": [10**18, 384 - 10**18]}, "neither polygons nor run lengths"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "neither polygons nor run lengths"),
+        ([[0, 0, 1e6, 1e6] * 100], "neither polygons nor run lengths"),
         ([[1, 2, 3]], "neither polygons nor run lengths"),
         (7, "neither polygons nor run lengths"),
     ],

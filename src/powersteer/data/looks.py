@@ -16,6 +16,7 @@ _AT_ONCE = 1024
 
 def perceptual_hash(picture: Image.Image) -> npt.NDArray[np.float32]:
     """Difference hash: whether each of 16×16 cells is brighter than its right neighbour; (256,), -1 or 1."""
+    # Own lines: imagehash would bring scipy and PyWavelets, and resamples otherwise than ALIKE was chosen for.
     cells = np.asarray(picture.convert("L").resize((17, 16), Image.Resampling.BOX), dtype=np.float32)
     return np.where(cells[:, :-1] > cells[:, 1:], 1, -1).ravel().astype(np.float32)
 

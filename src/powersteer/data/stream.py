@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import fsspec
@@ -35,15 +35,17 @@ from powersteer.data.rows import Row
 SHUFFLE_BUFFER = 1000
 """Rows that wait, encoded, for their turn: a row comes at random out of so many."""
 MOST_SHARDS = 100_000
-"""That one range stands for."""
+"""That one pattern stands for."""
+LONGEST_RANGE = 50
+"""Characters of ``{000..099}``."""
 
 
 def list_shards(pattern: str) -> list[str]:
     """The shards that a folder, a pattern or a URL of either stands for.
 
     Args:
-        pattern: A folder with ``*.tar``; or names with ``*`` or ``{000..099}``, on this machine or at a URL that fsspec
-            can open (``https://``, ``s3://``, ``hf://``, …).
+        pattern: A folder with ``*.tar``; or names with ``*``, ``{000..099}`` or ``{a,b}``, on this machine or at a URL
+            that fsspec can open (``https://``, ``s3://``, ``hf://``, …).
 
     Raises:
         PowersteerError: There are none, or they cannot be listed.
@@ -198,17 +200,17 @@ def _key(member: tuple[str, bytes]) -> str:
 
 
 def _expand(pattern: str) -> list[str]:
-    """``{000..002}`` → 000, 001, 002."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if found is None:
-        return [pattern]
-    first, last = found.groups()
-    most = len(str(MOST_SHARDS))
-    if len(first.lstrip("0")) > most or len(last.lstrip("0")) > most or not 0 <= int(last) - int(first) < MOST_SHARDS:
-        raise PowersteerError(f"{found.group()[:40]} is no range of shards: give {{000..099}}, the lesser first")
-    before, after = pattern[: found.start()], pattern[found.end() :]
-    return [
-        name
-        for number in range(int(first), int(last) + 1)
-        for name in _expand(f"{before}{number:0{len(first)}d}{after}")
-    ]
+    """The names that braces stand for, as in a shell: ``{000..002}`` → 000, 001, 002."""
+    from braceexpand import braceexpand  # here: the kit for a GPU without a network trains without it
+
+    for found in re.finditer(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}", pattern):
+        # braceexpand holds a range in memory: one that a slip made endless is refused before.
+        if len(found.group()) > LONGEST_RANGE or not 0 <= int(found[2]) - int(found[1]) < MOST_SHARDS:
+            raise PowersteerError(f"{found.group()[:40]} is no range of shards: give {{000..099}}, the lesser first")
+    try:
+        names = list(islice(braceexpand(pattern, escape=False), MOST_SHARDS + 1))
+    except (ValueError, RecursionError):  # braces without their other half
+        return [pattern]  # a folder may be called so
+    if len(names) > MOST_SHARDS:
+        raise PowersteerError(f"{pattern[:80]} stands for more than {MOST_SHARDS:,} shards: give fewer")
+    return names

@@ -19,7 +19,7 @@ from powersteer.data.layouts.base import alone, files_in, inside, pictures_in
 from powersteer.data.prepare.sources.base import Choice, Item, Loaded, Wanted, name_of
 from powersteer.data.prepare.sources.frame import Frame, open_frame, open_index
 from powersteer.data.prepare.sources.json_scan import Span, read_spans, scan
-from powersteer.data.prepare.sources.masks import to_mask
+from powersteer.data.prepare.sources.masks import coco_tools, to_mask
 
 SPLITS = {"train": "train2017", "validation": "val2017"}
 CATEGORIES = 182
@@ -95,6 +95,8 @@ class Coco:
             wanted.append(annotations / f"instances_{folder}.json")
             if not is_file(wanted[0]):
                 raise PowersteerError(f"{task} needs {wanted[0]}: unpack COCO's annotations there")
+        if task == "segmentation" and wanted:
+            coco_tools()  # not once for each picture
         stuff = annotations / f"stuff_{folder}.json"
         if task == "segmentation" and wanted and is_file(stuff):
             wanted.insert(0, stuff)  # things lie on top
