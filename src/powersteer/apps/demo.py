@@ -14,6 +14,7 @@ from rich.progress import track
 from powersteer.adapters.bps.model import BPSModel
 from powersteer.adapters.load import load_adapter
 from powersteer.backbones.load import load_base
+from powersteer.conditions.fidelity.lines import line_f1
 from powersteer.core.config import build_config
 from powersteer.core.console import PlainConsole
 from powersteer.core.errors import PowersteerError
@@ -24,7 +25,6 @@ from powersteer.data.pairs import Pairs, condition_values, spread
 from powersteer.data.prepare.openmoji import prepare_openmoji
 from powersteer.denoising.generate import GUIDANCE_SCALE, steered_pictures
 from powersteer.denoising.heldout import HeldOut
-from powersteer.conditions.fidelity.lines import line_f1
 from powersteer.evaluation.report import write_report
 from powersteer.training.config import TINY_LEARNING_RATE, TrainConfig
 from powersteer.training.run import train

@@ -1,5 +1,5 @@
 """Pictures of people → condition tensors: (N, C, H, W) in [0, 1]."""
 
-from powersteer.conditions.tensors import to_condition
+from powersteer.conditions.tensors import condition_picture, to_condition
 
-__all__ = ["to_condition"]
+__all__ = ["condition_picture", "to_condition"]

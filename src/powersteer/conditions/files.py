@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
 
-from powersteer.conditions.kinds import FEATURE, FEATURE_SUFFIX, LABEL_MAPS
-from powersteer.conditions.layers import PIL_MODES, as_condition
-from powersteer.conditions.sketch import open_layers, padded, sketch_condition
-from powersteer.conditions.tensors import read_features, resized, to_condition
+from powersteer.conditions.arrays import FEATURE_SUFFIX, pixel_values, read_features, resized
+from powersteer.conditions.kind import KINDS, Fit
+from powersteer.conditions.sketch import open_layers, padded
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import read_bytes
-
-Fit = Literal["pad", "crop"]
-"""How a picture of another shape comes to a size: whole, on paper; or scaled to cover it and cropped."""
 
 
 def check_condition(file: Path) -> tuple[int, int] | None:
@@ -32,8 +27,8 @@ def check_condition(file: Path) -> tuple[int, int] | None:
 
 
 def fit_of(channels: int, kind: str | None, *, prepared: bool) -> Fit:
-    """How conditions of a kind are fitted where nothing else lies beside them: only a person's sketch is padded."""
-    return "pad" if channels == 1 and kind in ("sketch", None) and not prepared else "crop"
+    """How conditions of a kind are fitted where nothing else lies on them; those of training pairs as in training."""
+    return "crop" if prepared else KINDS.find(kind).fit(channels)
 
 
 def read_condition(
@@ -67,17 +62,16 @@ def read_condition(
         if tuple(features.shape) != (channels, height, width):
             raise PowersteerError(f"{file} has shape {tuple(features.shape)}, not {(channels, height, width)}")
         return features, False
-    if kind == FEATURE or channels not in PIL_MODES:
+    found = KINDS.find(kind)
+    if found.mode(channels) is None:
         raise PowersteerError(f"the adapter reads feature maps of {channels} channels: give a {FEATURE_SUFFIX}")
+    layers = open_layers(file)
+    if prepared:
+        picture, inverted = found.as_condition(layers, channels, str(file)), False
+    else:  # inverted first: the padding is paper, whatever its colour was
+        picture, inverted = found.from_user(layers, channels, str(file))
     fit = fit or fit_of(channels, kind, prepared=prepared)
-    layers, inverted = open_layers(file), False
-    if channels == 1 and kind in ("sketch", None) and not prepared:
-        # Inverted first: the padding is paper, whatever its colour was.
-        picture, inverted = sketch_condition(layers, (layers.height, layers.width), str(file))
-    else:
-        picture = as_condition(layers, channels, kind, str(file))
-    resampling = Image.Resampling.NEAREST if kind in LABEL_MAPS else Image.Resampling.LANCZOS
-    return to_condition(fitted(picture, size, fit, resampling, str(file)), channels)[0], inverted
+    return pixel_values(fitted(picture, size, fit, found.resampling, str(file), found.paper)), inverted
 
 
 def fitted(

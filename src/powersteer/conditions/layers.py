@@ -10,13 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
-
-from powersteer.core.errors import PowersteerError
-
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""PIL mode of a condition of so many channels; RGBA holds colour, and structure in alpha."""
-NO_STRUCTURE = "has no alpha channel: a condition of 4 channels is colour in RGB and structure in alpha"
+from PIL import Image
 
 
 def on_paper(picture: Image.Image, paper: str = "white") -> Image.Image:
@@ -25,32 +19,6 @@ def on_paper(picture: Image.Image, paper: str = "white") -> Image.Image:
         return picture.convert("RGB")
     layers = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layers.size, paper), layers).convert("RGB")
-
-
-def as_condition(picture: Image.Image, channels: int, kind: str | None, where: str) -> Image.Image:
-    """A picture as a condition, ink and labels as they are.
-
-    Args:
-        picture: Any 8-bit picture.
-        channels: 1, 3 or 4.
-        kind: Of the condition; None where it is not known: one channel is a sketch then.
-        where: Its name, for messages.
-
-    Returns:
-        Mode L, RGB or RGBA.
-
-    Raises:
-        PowersteerError: Four channels are wanted, and it has no alpha channel.
-    """
-    if channels == 4:
-        if not picture.has_transparency_data:
-            raise PowersteerError(f"{where} {NO_STRUCTURE}")
-        return picture.convert("RGBA")
-    if channels == 3 or not picture.has_transparency_data:
-        return on_paper(picture, "black") if channels == 3 else picture.convert("L")
-    if kind in ("sketch", None) and is_ink_alone(picture) and paper_of(picture) == "white":
-        return ImageOps.invert(on_paper(picture, "white").convert("L"))
-    return on_paper(picture, "black").convert("L")
 
 
 def is_ink_alone(picture: Image.Image) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 
@@ -23,19 +22,20 @@ def from_pil(image: Image.Image) -> torch.Tensor:
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def condition_picture(condition: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """A condition (C, H, W) for people to look at: (3, height, width) in [-1, 1].
+def as_floats(tensor: torch.Tensor) -> torch.Tensor:
+    """Bytes as [-1, 1]; anything else as it is."""
+    return tensor.float() / 127.5 - 1 if tensor.dtype == torch.uint8 else tensor
 
-    Structure is drawn as ink over its colours; of features, the mean over the channels is shown, dark to light.
-    """
-    if len(condition) == 4:
-        shown = condition[:3] * (1 - condition[3:])
-    elif len(condition) in (1, 3):
-        shown = condition.expand(3, -1, -1)
-    else:
-        mean = condition.mean(0, keepdim=True)
-        shown = ((mean - mean.min()) / (mean.max() - mean.min()).clamp_min(1e-12)).expand(3, -1, -1)
-    return F.interpolate(shown[None].float(), size, mode="nearest")[0].clamp(0, 1) * 2 - 1
+
+def as_bytes(pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures in [-1, 1] as bytes."""
+    return ((pictures + 1) * 127.5).round().to(torch.uint8)
+
+
+def by_batch(measure: Callable[..., torch.Tensor], size: int, *tensors: torch.Tensor) -> torch.Tensor:
+    """A measure of tensors (N, …), so many at once; bytes become pictures in [-1, 1]."""
+    parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return torch.cat([measure(*(as_floats(part) for part in batch)) for batch in parts])
 
 
 def save_grid(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from powersteer.backbones.load import EMBEDDED_BASE
-from powersteer.conditions.kinds import INK
+from powersteer.conditions.kind import KINDS
 from powersteer.data.captions import cut_captions, token_limit
 from powersteer.data.conditioning import Conditioning, conditioning_of
 from powersteer.data.findings import SEVERITIES, DataReport, Finding, finding
@@ -132,11 +132,13 @@ def _left_out(part: Scan) -> list[Finding]:
 def _conditions(train: Scan, conditions: Conditioning) -> list[Finding]:
     blank = [f"that of {one.row.where}" for one in train.pairs if one.low == one.high]
     found = finding("warning", "blank_conditions", "{} conditions are blank", blank)
-    if conditions.kind == "sketch" and train.pairs:
+    kind = KINDS.find(conditions.kind)
+    if kind.line_art and train.pairs:
         inky = [f"that of {one.row.where}" for one in train.pairs if one.mean > 0.5 and one.low < one.high]
-        text = f"{{}} conditions are more than half ink, {INK}: are they inverted?"
+        text = "{} conditions are more than half ink"
         if np.median(train.means) > 0.5:
-            text = f"half of the conditions are {np.median(train.means):.0%} ink or more, {INK}: are they inverted?"
+            text = f"half of the conditions are {np.median(train.means):.0%} ink or more"
+        text = f"{text}, {kind.polarity}: are they inverted?"
         found += finding("warning", "inverted_conditions", text, inky)
     return found
 

@@ -9,8 +9,7 @@ from typing import Any
 import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from powersteer.conditions.kinds import FEATURE, conditioning_record
-from powersteer.conditions.tensors import PIL_MODES
+from powersteer.conditions.kind import KINDS
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
 from powersteer.core.text import parse_json
@@ -57,18 +56,10 @@ def conditioning_of(source: str | None, channels: int | None = None, kind: str |
                 f"conditioning_{key} is {given}, but {where} says {said[key]}: leave the key out, or mend that file"
             )
     stated = bool(said) or kind is not None
-    kind = str(kind or said.get("kind") or "sketch")
-    channels = channels or said.get("channels")
-    if kind == FEATURE and channels is None:
-        raise PowersteerError("how many channels have the feature maps? Give conditioning_channels")
-    channels = channels or 1
-    if kind != FEATURE and channels not in PIL_MODES:
-        raise PowersteerError(
-            f"conditioning_channels must be 1 (grey), 3 (RGB) or 4 (RGBA: colour and structure), not {channels}; only "
-            "feature maps (conditioning_kind=feature) have others"
-        )
-    record = conditioning_record(kind) | said | {"kind": kind, "channels": channels}
-    return Conditioning(kind, channels, record, stated)
+    found = KINDS.find(str(kind or said.get("kind") or "sketch"))
+    channels = found.check_channels(channels or said.get("channels"))
+    record = found.record() | said | {"kind": found.name, "channels": channels}
+    return Conditioning(found.name, channels, record, stated)
 
 
 def _find(source: str) -> tuple[str, dict[str, Any]]:

@@ -14,9 +14,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from powersteer.conditions.kinds import FEATURE, LABEL_MAPS
-from powersteer.conditions.layers import PIL_MODES
-from powersteer.conditions.tensors import resized
+from powersteer.conditions.arrays import resized
+from powersteer.conditions.kind import KINDS
 from powersteer.core.errors import PowersteerError
 from powersteer.data.contents import Contents
 from powersteer.data.layouts import Columns, read_rows
@@ -65,10 +64,11 @@ class Transform:
 
     def __init__(self, conditioning_channels: int = 1, kind: str = "sketch", vae_scale_factor: int = 8) -> None:
         self.channels, self.vae_scale_factor = conditioning_channels, vae_scale_factor
-        self.mode = None if kind == FEATURE else PIL_MODES[conditioning_channels]
+        # All of these are part of the cache's keys: see `powersteer.data.encode`.
+        self.mode = KINDS.find(kind).mode(conditioning_channels)
         """None for feature maps."""
         self.kind = kind
-        self.resampling = Image.Resampling.NEAREST if kind in LABEL_MAPS else Image.Resampling.LANCZOS
+        self.resampling = KINDS.find(kind).resampling
 
     def __call__(
         self, row: Row, size: Size, view: tuple[float, float, float, bool] = (1.0, 0.5, 0.5, False)

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from powersteer.conditions.kinds import FEATURE_SUFFIX
-from powersteer.conditions.layers import as_condition, on_paper
-from powersteer.conditions.tensors import read_features
+from powersteer.conditions.arrays import FEATURE_SUFFIX, read_features
+from powersteer.conditions.kind import KINDS
+from powersteer.conditions.layers import on_paper
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
 from powersteer.core.images import open_picture
@@ -62,7 +62,7 @@ class Picture:
         return on_paper(self._decoded())
 
     def condition(self, channels: int, kind: str | None) -> Image.Image:
-        """The picture as a condition: mode L, RGB or RGBA; see `powersteer.conditions.layers.as_condition`.
+        """The picture as a condition: mode L, RGB or RGBA; see `powersteer.conditions.kind.Kind.as_condition`.
 
         Args:
             channels: 1, 3 or 4.
@@ -71,7 +71,7 @@ class Picture:
         Raises:
             PowersteerError: It is no readable picture, or (4 channels) has no alpha channel.
         """
-        return as_condition(self._decoded(), channels, kind, str(self))
+        return KINDS.find(kind).as_condition(self._decoded(), channels, str(self))
 
     def _decoded(self) -> Image.Image:
         if self.is_features:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from powersteer.conditions.kinds import FEATURE
+from powersteer.conditions.kind import KINDS
 from powersteer.core.console import PlainColumn, PlainConsole
 from powersteer.core.errors import PowersteerError
 from powersteer.core.images import decode_picture
@@ -117,7 +117,8 @@ def scan(found: Found, name: str, conditions: Conditioning, default_prompt: str 
 def _measured(row: Row, conditions: Conditioning) -> Measured:
     content = row.image.content()
     picture = row.image.picture()
-    values, shape = _condition(row, conditions)
+    is_picture = KINDS.find(conditions.kind).mode(conditions.channels) is not None
+    values, shape = _picture(row, conditions) if is_picture else _features(row, conditions)
     if not same_aspect(picture.size, shape):
         raise PowersteerError(
             f"{row.where}: the condition is {shape[0]}×{shape[1]} pixels, its picture {picture.width}×"
@@ -131,17 +132,20 @@ def _measured(row: Row, conditions: Conditioning) -> Measured:
         float(values.max()),
         float(values.mean()),
         _stored(row.image, content),
-        None if conditions.kind == FEATURE else _stored(row.conditioning_image, row.conditioning_image.content()),
+        _stored(row.conditioning_image, row.conditioning_image.content()) if is_picture else None,
         perceptual_hash(picture),
         thumbnail(picture),
     )
 
 
-def _condition(row: Row, conditions: Conditioning) -> tuple[npt.NDArray[np.floating[Any]], tuple[int, int]]:
+def _picture(row: Row, conditions: Conditioning) -> tuple[npt.NDArray[np.floating[Any]], tuple[int, int]]:
     """A condition's values, and its width and height."""
-    if conditions.kind != FEATURE:
-        picture = row.conditioning_image.condition(conditions.channels, conditions.kind)
-        return np.asarray(picture, dtype=np.float32) / 255, picture.size
+    picture = row.conditioning_image.condition(conditions.channels, conditions.kind)
+    return np.asarray(picture, dtype=np.float32) / 255, picture.size
+
+
+def _features(row: Row, conditions: Conditioning) -> tuple[npt.NDArray[np.floating[Any]], tuple[int, int]]:
+    """The same of a feature map."""
     values, bounds = row.conditioning_image.features(), conditions.record["range"]
     channels, height, width = values.shape
     if channels != conditions.channels:

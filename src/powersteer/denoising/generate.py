@@ -22,6 +22,7 @@ from powersteer.adapters.bps.model import BPSModel
 from powersteer.adapters.load import load_network
 from powersteer.adapters.steering import steer
 from powersteer.backbones.load import load_base
+from powersteer.conditions import condition_picture
 from powersteer.conditions.files import Fit, check_condition, fit_of, fitted, read_condition
 from powersteer.conditions.sketch import open_picture
 from powersteer.core.config import build_config
@@ -30,7 +31,7 @@ from powersteer.core.digests import content_digest, weights_digest
 from powersteer.core.errors import NonFiniteError, PowersteerError, PowersteerWarning
 from powersteer.core.files import read_bytes, reason_of
 from powersteer.core.hardware import best_device, native_precision
-from powersteer.core.pictures import condition_picture, from_pil, save_grid
+from powersteer.core.pictures import from_pil, save_grid
 from powersteer.core.text import json_lines, parse_json, read_text
 from powersteer.data.layouts import read_rows
 from powersteer.data.pairs import captioned, same_aspect
@@ -188,8 +189,12 @@ def generate(
                     record = records[i] | {"inverted": [inverted for _, inverted in row]}
                     save_picture(picture, files[i], record)
                 progress.update(bar, advance=len(rows))
+        kinds = [kind_of(model) for model in models]
         _save_grid(
-            out_dir / "grid.png", jobs, files, lambda job: [drawing for drawing, _ in conditions_of(job.condition)]
+            out_dir / "grid.png",
+            jobs,
+            files,
+            lambda job: [(one, kind) for (one, _), kind in zip(conditions_of(job.condition), kinds, strict=True)],
         )
     except OSError as error:
         raise PowersteerError(f"cannot write to {out_dir}: {reason_of(error)}") from None
@@ -417,16 +422,19 @@ def _is_made(file: Path, record: dict[str, Any]) -> bool:
 
 
 def _save_grid(
-    path: Path, jobs: Sequence[PictureJob], files: Sequence[Path], drawings: Callable[[PictureJob], list[torch.Tensor]]
+    path: Path,
+    jobs: Sequence[PictureJob],
+    files: Sequence[Path],
+    drawings: Callable[[PictureJob], list[tuple[torch.Tensor, str | None]]],
 ) -> None:
     """Conditions beside what was made of them: once where all pictures share them, else for each."""
     alike = len({job.condition for job in jobs}) == 1
     with Image.open(files[0]) as first:
         size = (first.height, first.width)
-    cells = [condition_picture(drawing, size) for drawing in drawings(jobs[0])] if alike else []
+    cells = [condition_picture(one, size, kind) for one, kind in drawings(jobs[0])] if alike else []
     count = min(len(jobs), GRID_PICTURES)
     for i in (k * len(jobs) // count for k in range(count)):
-        cells += [] if alike else [condition_picture(drawing, size) for drawing in drawings(jobs[i])]
+        cells += [] if alike else [condition_picture(one, size, kind) for one, kind in drawings(jobs[i])]
         with Image.open(files[i]) as picture:
             cells.append(from_pil(picture))
     of_one = 1 + len(jobs[0].condition)

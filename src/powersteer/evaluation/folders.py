@@ -11,7 +11,7 @@ import torch
 from powersteer.backbones.load import EMBEDDED_BASE
 from powersteer.conditions.sketch import open_picture
 from powersteer.core.errors import PowersteerError
-from powersteer.core.pictures import from_pil
+from powersteer.core.pictures import as_bytes, as_floats, from_pil
 from powersteer.data.layouts import LAYOUTS, PICTURE_SUFFIXES, read_rows
 from powersteer.data.pairs import Size, cropped
 from powersteer.data.rows import Picture
@@ -19,14 +19,12 @@ from powersteer.denoising.generate import pictures_of
 from powersteer.evaluation.features import FeatureExtractor
 from powersteer.evaluation.figures import GENERATED, REAL, Evaluation, Figure, Value, environment
 from powersteer.evaluation.measures import (
-    MeasureSettings,
-    as_bytes,
-    as_floats,
     distances,
     load_clip_of,
     load_extractors,
     paired,
 )
+from powersteer.evaluation.settings import MeasureSettings
 
 Opened = Mapping[str, Callable[[], torch.Tensor]]
 """Pictures by name, each read (3, H, W), uint8, when it is asked for."""

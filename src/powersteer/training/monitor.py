@@ -19,10 +19,11 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
 from powersteer.adapters.attach import Adapter, attach
+from powersteer.conditions import condition_picture
 from powersteer.core.console import PlainColumn, PlainConsole
 from powersteer.core.errors import NonFiniteError, PowersteerError
 from powersteer.core.files import write_whole
-from powersteer.core.pictures import condition_picture, save_grid, to_pil
+from powersteer.core.pictures import save_grid, to_pil
 from powersteer.core.text import json_lines, parse_object, read_text
 from powersteer.data.encode import Sample, conditions_of
 from powersteer.data.pairs import spread
@@ -206,7 +207,7 @@ class Monitor:
         sheet = [
             picture
             for condition, image, target in zip(conditions, made, targets, strict=True)
-            for picture in (condition_picture(condition, size), image, target)
+            for picture in (condition_picture(condition, size, pairs.pairs.transform.kind), image, target)
         ]
         file = self.output_dir / "validation" / f"step-{step:06d}.png"
         scale = max(1, 128 // size[1])

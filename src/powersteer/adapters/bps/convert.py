@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from powersteer.adapters.bps.model import BPSModel
-from powersteer.conditions.kinds import conditioning_record
+from powersteer.conditions.kind import KINDS
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_file, reason_of
 from powersteer.core.hub import CONFIG
@@ -45,7 +45,7 @@ def convert(
         attention_head_dim=attention_head_dim,
         norm_num_groups=norm_num_groups,
     )
-    model.register_to_config(conditioning=conditioning_record(kind))
+    model.register_to_config(conditioning=KINDS.find(kind).record())
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(out_dir)

@@ -346,7 +346,8 @@ class _Comparison:
         prior = replace(self.prior, shown=spread(len(self.prior.held_out.pairs), self.experiment.grid_rows))
         test = prior.held_out.pairs.pairs
         drawn = prior.conditions(prior.shown)
-        columns = [torch.stack([condition_picture(one, test.sizes[0]) for one in drawn]), prior.pictures]
+        kind = test.transform.kind
+        columns = [torch.stack([condition_picture(one, test.sizes[0], kind) for one in drawn]), prior.pictures]
         for folder in folders.values():
             network: Any = load_network(folder)
             columns.append(replace(prior, network=network.to(prior.pipe.unet.device)).pictures)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from powersteer.adapters.attach import Adapter
-from powersteer.core.pictures import from_pil
+from powersteer.conditions.fidelity.lines import line_f1
+from powersteer.core.pictures import as_bytes, from_pil
 from powersteer.data.conditioning import Conditioning
 from powersteer.data.pairs import condition_values
 from powersteer.denoising.generate import steered_pictures
@@ -18,8 +19,6 @@ from powersteer.denoising.heldout import Gap, HeldOut
 from powersteer.denoising.objective import noise_schedule
 from powersteer.evaluation.figures import STEERED
 from powersteer.evaluation.information import denoiser_errors, measure_information
-from powersteer.evaluation.lines import line_f1
-from powersteer.evaluation.measures import as_bytes
 from powersteer.evaluation.measures import fidelity as measured_fidelity
 
 INFORMATION_DRAWS = 4

@@ -30,7 +30,8 @@ from powersteer.apps.studio.uploads import check_picture, write_drawing
 from powersteer.apps.studio.wishes import CONDITIONS, MAX_SEED, Wanted, Wish, checked
 from powersteer.backbones.load import EMBEDDED_BASE, load_base
 from powersteer.conditions.extractors.extractor import EXTRACTORS, Extractor, Subject
-from powersteer.conditions.kinds import FEATURE
+from powersteer.conditions.fidelity.lines import line_f1
+from powersteer.conditions.kind import KINDS
 from powersteer.conditions.layers import on_paper
 from powersteer.core.config import build_config
 from powersteer.core.errors import PowersteerError
@@ -45,7 +46,6 @@ from powersteer.denoising.generate import (
     steered_pictures,
 )
 from powersteer.denoising.metadata import read_metadata, save_picture
-from powersteer.conditions.fidelity.lines import line_f1
 
 CANVAS_SIDE = 512
 BATCH_SIZE = 4
@@ -279,7 +279,8 @@ class Studio:
         self, settings: GenerateSettings, conditions: list[torch.Tensor], images: list[Image.Image]
     ) -> list[float | None]:
         """The line F1 of each picture; None for each unless they are icons, whose lines are dark."""
-        if not images or self.base != EMBEDDED_BASE or [self.kind(name) for name in settings.adapter] != ["sketch"]:
+        line_art = [KINDS.find(self.kind(name)).line_art for name in settings.adapter] == [True]
+        if not images or self.base != EMBEDDED_BASE or not line_art:
             return [None] * len(images)
         found = torch.stack([from_pil(image) for image in images])
         return list(line_f1(conditions[0].expand(len(images), -1, -1, -1), found).tolist())
@@ -314,8 +315,8 @@ class Studio:
             PowersteerError: The picture is unusable, or the extractor lacks what it needs.
         """
         check_picture(picture)
-        kind: Any = self.kind(adapter)
-        if kind == FEATURE:
+        kind = self.kind(adapter)
+        if KINDS.find(kind).at_latents:
             raise PowersteerError("this adapter reads feature maps, which cannot be drawn: use `powersteer generate`")
         if extractor not in self.extractors(adapter):
             raise PowersteerError(f"there is no extractor '{extractor}' for this adapter: choose one of the menu")
@@ -331,7 +332,7 @@ class Studio:
         with self._lock:
             condition = self._extractors[kind, extractor](Subject(found))
         assert isinstance(condition, Image.Image)
-        drawn = ImageOps.invert(condition) if kind == "sketch" else condition
+        drawn = ImageOps.invert(condition) if KINDS.find(kind).line_art else condition
         return as_data_url(drawn.resize((CANVAS_SIDE, CANVAS_SIDE), Image.Resampling.LANCZOS))
 
     def reload(self, picture: Path) -> Wish:

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from pydantic import Field
 
 from powersteer.conditions.extractors.extractor import EXTRACTORS, Subject, Task, from_settings, optional_module
-from powersteer.conditions.kinds import INK, PAPER, extractor_record
+from powersteer.conditions.kind import INK, PAPER
+from powersteer.conditions.kinds import extractor_record
 from powersteer.core.config import StrictConfig
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
@@ -136,6 +137,5 @@ def _package_version() -> str:
 
 
 for _detector in DETECTORS:
-    EXTRACTORS.add(_detector.task, _detector.name, f"controlnet_aux and its weights ({_detector.weights})")(
-        partial(_build, _detector)
-    )
+    _needs = f"controlnet_aux and its weights ({_detector.weights})"
+    EXTRACTORS.add(_detector.task, _detector.name, _needs, rank=2)(partial(_build, _detector))

@@ -11,7 +11,8 @@ from PIL import Image
 from pydantic import Field
 
 from powersteer.conditions.extractors.extractor import EXTRACTORS, Subject, optional_module
-from powersteer.conditions.kinds import INK, PAPER, extractor_record
+from powersteer.conditions.kind import INK, PAPER
+from powersteer.conditions.kinds import extractor_record
 from powersteer.core.config import StrictConfig
 from powersteer.core.errors import PowersteerError
 

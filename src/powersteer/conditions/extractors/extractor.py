@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,8 @@ from PIL import Image
 from powersteer.core.config import ConfigT, StrictConfig, build_config
 from powersteer.core.errors import PowersteerError
 
-Task = Literal["sketch", "segmentation", "layout", "style", "feature", "depth", "normal", "pose"]
+Task = str
+"""The kind of condition that an extractor makes, by name."""
 
 
 @dataclass(frozen=True)
@@ -78,36 +79,56 @@ class Registered:
     """What must be there: packages, weights, or what the source must know; for people to read."""
     build: Callable[..., Extractor]
     """Takes the settings as keywords."""
+    rank: int = 1
+    """Place among the task's extractors: the lowest comes first."""
 
 
 @dataclass
 class Registry:
-    """The extractors of each task, in order of registration: the first is the task's own choice."""
+    """The extractors of each task, by rank and in order of registration: the first is the task's default."""
 
     known: dict[tuple[Task, str], Registered] = field(default_factory=dict[tuple[Task, str], Registered])
 
-    def add(self, task: Task, name: str, needs: str = "") -> Callable[[Factory], Factory]:
+    def add(self, task: Task, name: str, needs: str = "", *, rank: int = 1) -> Callable[[Factory], Factory]:
         """Register a class, or a function that builds an extractor.
 
         A `StrictConfig` has its settings as fields: what it does not know, or of the wrong kind, is refused in words.
+
+        Args:
+            task: The kind of condition that it makes.
+            name: What users call it.
+            needs: See `Registered`.
+            rank: See `Registered`; 0 makes it the task's default.
         """
 
         def register(build: Factory) -> Factory:
             kind: Any = build
             checked = isinstance(kind, type) and issubclass(kind, StrictConfig)
             make: Any = partial(from_settings, kind, f"{task} {name}") if checked else kind
-            self.known[task, name] = Registered(task, name, needs, make)
+            self.known[task, name] = Registered(task, name, needs, make, rank)
+            self._sort()
             return build
 
         return register
 
+    def _sort(self) -> None:
+        """Together what is of one task; the tasks by their lowest rank, then by name."""
+        lowest: dict[Task, int] = {}
+        for one in self.known.values():
+            lowest[one.task] = min(one.rank, lowest.get(one.task, one.rank))
+        ordered = sorted(self.known.values(), key=lambda one: (lowest[one.task], one.task, one.rank))
+        self.known = {(one.task, one.name): one for one in ordered}
+
     def find(self, task: Task, name: str | None = None) -> Registered:
-        """An extractor by name; a task's first without one.
+        """An extractor by name; the task's default without one.
 
         Raises:
-            PowersteerError: There is none of this name; the names there are are listed.
+            PowersteerError: There is no such task, or no extractor of this name; the error lists those there are.
         """
         of_task = [registered for registered in self.known.values() if registered.task == task]
+        if not of_task:
+            tasks = ", ".join(dict.fromkeys(registered.task for registered in self.known.values()))
+            raise PowersteerError(f"there is no task '{task}': give one of {tasks}")
         found = next((registered for registered in of_task if name in (None, registered.name)), None)
         if found is None:
             names = ", ".join(registered.name for registered in of_task)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from powersteer.conditions.extractors.extractor import EXTRACTORS, Subject
-from powersteer.conditions.kinds import FEATURE, extractor_record
+from powersteer.conditions.kinds import extractor_record
 from powersteer.core.config import StrictConfig
 from powersteer.core.errors import PowersteerError
 
@@ -38,5 +38,5 @@ class Features(StrictConfig):
     def record(self) -> Mapping[str, Any]:
         """See `Extractor`."""
         return extractor_record(
-            FEATURE, "npy", version=version("powersteer"), settings=self.model_dump(), channels=self.channels
+            "feature", "npy", version=version("powersteer"), settings=self.model_dump(), channels=self.channels
         )

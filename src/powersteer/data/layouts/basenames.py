@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from powersteer.conditions.kinds import FEATURE_SUFFIX
+from powersteer.conditions.kind import KINDS
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_file, is_folder
 from powersteer.core.text import read_text
@@ -31,7 +31,7 @@ class Basenames:
             raise PowersteerError(
                 f"{folder} has pictures by name, no columns: leave the columns' names out, or write a metadata.jsonl"
             )
-        images, conditions = _by_name(folder / IMAGES), _by_name(folder / CONDITIONS, FEATURE_SUFFIX)
+        images, conditions = _by_name(folder / IMAGES), _by_name(folder / CONDITIONS, *KINDS.suffixes)
         for i, (name, files) in enumerate(images.items()):
             yield partial(_row, f"{folder.name}[{i}]", name, files, conditions.get(name, []), seen)
 

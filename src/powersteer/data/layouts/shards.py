@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
-from powersteer.conditions.kinds import FEATURE_SUFFIX
+from powersteer.conditions.kind import KINDS
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
 from powersteer.core.text import decode_text, parse_object
@@ -113,7 +113,7 @@ def shard_row(
         if kind in kinds:
             alone(where, kind, [kinds[kind][0], member[0]])
         kinds[kind] = member
-    suffixes = {columns.image: PICTURE_SUFFIXES, columns.conditioning_image: (*PICTURE_SUFFIXES, FEATURE_SUFFIX)}
+    suffixes = {columns.image: PICTURE_SUFFIXES, columns.conditioning_image: (*PICTURE_SUFFIXES, *KINDS.suffixes)}
     found: dict[str, Picture] = {}
     used = {"json", "txt"}
     for column, allowed in suffixes.items():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from powersteer.evaluation.lines import dark_lines, edge_scores, line_f1, line_scores, luminance
+from powersteer.conditions.fidelity.lines import dark_lines, edge_scores, line_f1, line_scores, luminance
 
 
 def blank():

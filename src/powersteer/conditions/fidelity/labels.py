@@ -1,4 +1,4 @@
-"""Does a picture keep to its condition? Labels by classes, layouts by boxes, styles by colours; drawings: `lines`."""
+"""Label maps in pictures: the class of each pixel, and the box of each class."""
 
 from __future__ import annotations
 
@@ -7,21 +7,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from powersteer.conditions.extractors.extractor import Extractor, Subject
+from powersteer.conditions.extractors.extractor import Extractor
+from powersteer.conditions.fidelity.agreement import extract
 from powersteer.conditions.palettes import NO_LABEL, Palette
 from powersteer.core.errors import PowersteerError
 from powersteer.core.pictures import to_pil
 
 TRIM = 0.01
 """Share of a class's pixels that may lie outside its box on each side: a stray pixel moves no box."""
-DIRECTIONS = 64
-
-
-def extract(extractor: Extractor, pictures: torch.Tensor) -> torch.Tensor:
-    """Conditions (N, C, H, W) in [0, 1] of pictures (N, 3, H, W) in [-1, 1], as the extractor sees them."""
-    made = [np.array(extractor(Subject(to_pil(picture)))) for picture in pictures]
-    conditions = torch.from_numpy(np.stack(made)).float() / 255
-    return conditions[:, None] if conditions.ndim == 3 else conditions.permute(0, 3, 1, 2)
 
 
 def extracted_labels(
@@ -90,35 +83,3 @@ def box_iou(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
 
     iou = (shared / (area(wanted) + area(found) - shared)).nan_to_num(0)
     return torch.where(wanted[..., 0].isnan(), torch.nan, iou)
-
-
-def palette_distance(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """How far the colours of a picture are from another's, wherever they lie, (N,), in units of CIELAB (ΔE).
-
-    Twice the sliced Wasserstein-1 distance of the pixels: all colours moved alike by ΔE are ΔE away.
-
-    Args:
-        pictures: (N, 3, H, W) in [0, 1], sRGB.
-        references: Of the same shape.
-    """
-    golden = torch.arange(DIRECTIONS, dtype=torch.float64)
-    height = 1 - (2 * golden + 1) / DIRECTIONS  # Fibonacci's sphere
-    angle = golden * torch.pi * (3 - 5**0.5)
-    ring = (1 - height**2).sqrt()
-    directions = torch.stack([ring * angle.cos(), ring * angle.sin(), height], 1)  # (D, 3)
-    one, other = ((directions @ lab(images).flatten(2)).sort(-1).values for images in (pictures, references))
-    return 2 * (one - other).abs().mean((1, 2))
-
-
-def lab(pictures: torch.Tensor) -> torch.Tensor:
-    """CIELAB (N, 3, H, W), white D65, of sRGB pictures (N, 3, H, W) in [0, 1] (IEC 61966-2-1, CIE 15)."""
-    pixels = pictures.double()
-    linear = torch.where(pixels <= 0.04045, pixels / 12.92, ((pixels + 0.055) / 1.055) ** 2.4)
-    to_xyz = torch.tensor(
-        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]],
-        dtype=torch.float64,
-    )
-    relative = torch.einsum("ij,njhw->nihw", to_xyz / to_xyz.sum(1, keepdim=True), linear)
-    root = torch.where(relative > (6 / 29) ** 3, relative ** (1 / 3), relative / (3 * (6 / 29) ** 2) + 4 / 29)
-    x, y, z = root.unbind(1)
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)

@@ -3,15 +3,8 @@
 import pytest
 import torch
 
-from powersteer.evaluation.fidelity import (
-    NO_LABEL,
-    box_iou,
-    class_boxes,
-    lab,
-    mean_iou,
-    nearest_labels,
-    palette_distance,
-)
+from powersteer.conditions.fidelity.colours import lab, palette_distance
+from powersteer.conditions.fidelity.labels import NO_LABEL, box_iou, class_boxes, mean_iou, nearest_labels
 
 PALETTE = {"sky": (0, 0, 255), "grass": (0, 200, 0), "wall": (255, 255, 255)}
 

@@ -1,0 +1,5 @@
+"""Surface normals, as colours."""
+
+from powersteer.conditions.kind import KINDS, Kind
+
+KINDS.add(Kind("normal"))
