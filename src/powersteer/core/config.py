@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -16,9 +16,12 @@ from powersteer.core.text import parse_yaml, read_text
 
 
 class StrictConfig(BaseModel):
-    """A frozen configuration section that refuses keys it does not know, and numbers that are not finite."""
+    """A frozen configuration section that refuses keys it does not know, and numbers that are not finite.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    A string below a field is its description.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
@@ -54,8 +57,20 @@ def build_config(
     overrides: Sequence[str] = (),
     *,
     where: str = "configuration",
+    names: Mapping[str, str] | None = None,
 ) -> ConfigT:
-    """Validate ``values`` with ``overrides`` applied; see `load_config`."""
+    """Validate ``values`` with ``overrides`` applied; see `load_config`.
+
+    Args:
+        values: The values by field.
+        kind: The configuration class.
+        overrides: ``key=value`` strings.
+        where: What the values come from; errors begin with it.
+        names: What errors call a field that the user knows by another name.
+
+    Raises:
+        PowersteerError: See `load_config`.
+    """
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -70,7 +85,7 @@ def build_config(
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise PowersteerError(f"{where}: {_first_fault(error, kind)}") from None
+        raise PowersteerError(f"{where}: {_first_fault(error, kind, names or {})}") from None
     except (OverflowError, TypeError) as error:  # of a validator that was given what no number's type holds
         raise PowersteerError(f"{where}: {_one_line(error)}") from None
 
@@ -95,10 +110,10 @@ def _parse_scalar(text: str) -> Any:
     return value
 
 
-def _first_fault(error: ValidationError, kind: type[BaseModel]) -> str:
+def _first_fault(error: ValidationError, kind: type[BaseModel], names: Mapping[str, str]) -> str:
     # A misspelt key explains a missing one.
     fault = min(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
-    where = ".".join(str(part) for part in fault["loc"])
+    where = ".".join(names.get(str(part), str(part)) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(str(fault["loc"][-1]), _known_keys(kind, fault["loc"][:-1]), n=1)
         hint = f"; did you mean '{nearest[0]}'?" if nearest else ""

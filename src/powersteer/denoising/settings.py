@@ -38,35 +38,44 @@ MAX_PICTURES = 100_000
 
 
 class PictureJob(StrictConfig):
-    """One picture to make; a manifest holds one a line."""
+    """One picture to make; each line of a manifest holds one."""
 
     prompt: str
+    """Prompt."""
     condition: tuple[Path, ...]
-    """One picture for each adapter."""
+    """Condition to follow: a picture (PNG, JPEG, …) or features (.npy). One per adapter."""
     negative_prompt: str = ""
+    """Negative prompt."""
     seed: Seed = 0
+    """Seed of the noise. Several pictures take this seed and the next ones."""
 
 
 class GenerateSettings(StrictConfig):
     """What is common to all pictures of a run; written into every PNG."""
 
     adapter: tuple[str, ...] = Field(default=("sketch",), min_length=1)
-    """Embedded ones by name, folders, or models of the Hub; several of BPS, or one of another kind."""
+    """Adapter: an embedded one by name, a folder that `train` wrote, or a model of the Hub (user/name). Several BPS
+    adapters, or one of another kind."""
     base: str = EMBEDDED_BASE
+    """Frozen base: an embedded one by name, a folder, or a model of the Hub."""
     num_inference_steps: int = Field(default=NUM_INFERENCE_STEPS, gt=0, le=MAX_STEPS)
+    """Number of denoising steps."""
     guidance_scale: float = Field(default=GUIDANCE_SCALE, ge=1, le=MAX_GUIDANCE)
+    """Guidance scale: strength of the prompt. 1 turns guidance off."""
     scheduler: Scheduler | None = None
-    """The base's own by default."""
+    """Scheduler. The base's own by default."""
     scale: tuple[Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)], ...] = Field(default=(1.0,), min_length=1)
-    """Strength of each adapter's steering, or one for all; 0 is the prior."""
+    """Strength of the steering: one value per adapter, or one for all. 0 turns steering off."""
     start: tuple[Share, ...] = Field(default=(0.0,), min_length=1)
-    """When each sets in, from noise (0) to picture (1)."""
+    """When steering starts, as a share of the denoising: 0 is pure noise, 1 is the finished picture. One value per
+    adapter, or one for all."""
     end: tuple[Share, ...] = Field(default=(1.0,), min_length=1)
+    """When steering ends, as a share of the denoising. One value per adapter, or one for all."""
     init_image: Path | None = None
-    """Start from this picture."""
+    """Start from this picture instead of noise."""
     mask_image: Path | None = None
-    """Repaint only where this is white."""
+    """Repaint only where this picture is white."""
     strength: float = Field(default=0.8, gt=0, le=1)
-    """How far from ``init_image``: 1 forgets it."""
+    """How much to change the init image: 1 ignores it."""
     prepared: bool = False
-    """The conditions are those of training pairs: cropped as in training, never inverted or padded."""
+    """Read conditions as training does: crop them, never invert or pad them."""

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 
 from powersteer.adapters.attach import Adapter, channels_of, check_adapter, record_of
 from powersteer.adapters.load import load_network
-from powersteer.backbones.load import EMBEDDED_BASE, load_base
+from powersteer.backbones.load import load_base
 from powersteer.core.console import PlainConsole
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
@@ -28,19 +27,10 @@ from powersteer.data.splits import held_out_folder
 from powersteer.denoising.generate import check_steps, make_scheduler, steered_pictures
 from powersteer.denoising.heldout import HeldOut
 from powersteer.denoising.objective import noise_schedule
-from powersteer.denoising.settings import (
-    GUIDANCE_SCALE,
-    MAX_GUIDANCE,
-    MAX_PICTURES,
-    MAX_STEPS,
-    NUM_INFERENCE_STEPS,
-    Scheduler,
-)
 from powersteer.evaluation.features import weights_sha256
 from powersteer.evaluation.figures import PRIOR, REAL, SHUFFLED, STEERED, Evaluation, Figure, Value, environment
 from powersteer.evaluation.information import denoiser_errors, measure_information
 from powersteer.evaluation.measures import (
-    MeasureSettings,
     Pictures,
     as_bytes,
     as_floats,
@@ -54,37 +44,13 @@ from powersteer.evaluation.measures import (
     text,
 )
 from powersteer.evaluation.paired import spread_map
+from powersteer.evaluation.settings import EvaluateSettings
 
 FEWEST = 4
 """The fewest pictures that can be measured."""
 LOSS_DRAWS = 4
 GRID_ROWS = 8
 SHOWN_SEEDS = 4
-
-
-class EvaluateSettings(MeasureSettings):
-    """What is evaluated, and how pictures are made."""
-
-    data: Path
-    adapter: str | None = "sketch"
-    """The network to evaluate, of any kind that `powersteer train` makes, the baselines among them; ``None`` evaluates
-    the prior."""
-    base: str = EMBEDDED_BASE
-    pairs: int | None = Field(default=None, ge=2, le=MAX_PICTURES)
-    """How many pairs of the held-out split are used, evenly spread; all of them by default."""
-    pictures: int = Field(default=120, ge=0, le=MAX_PICTURES)
-    """How many pictures of each kind are made, evenly spread over the pairs; with 0, none."""
-    draws: int = Field(default=8, gt=0, le=10_000)
-    """How many draws of log-SNR and noise each pair gets when the information is measured."""
-    diversity: int = Field(default=4, ge=0, le=MAX_PICTURES)
-    """How many conditions get pictures from several seeds."""
-    diversity_seeds: int = Field(default=8, ge=2, le=1000)
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    num_inference_steps: int = Field(default=NUM_INFERENCE_STEPS, gt=0, le=MAX_STEPS)
-    guidance_scale: float = Field(default=GUIDANCE_SCALE, ge=1, le=MAX_GUIDANCE)
-    scheduler: Scheduler | None = None
-    save_pictures: Path | None = None
-    """A folder for every picture, a grid, and the spread over seeds."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,7 @@ from powersteer.core.config import StrictConfig, build_config
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_file
 from powersteer.core.weights import check_whole, unpickle
-
-FeatureName = Literal["clip", "hed", "inception"]
+from powersteer.evaluation.settings import FeatureName
 
 
 class FeatureExtractor(Protocol):

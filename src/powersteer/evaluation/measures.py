@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 
 from powersteer.backbones.load import source_of
 from powersteer.conditions.extractors.extractor import EXTRACTORS, Extractor
-from powersteer.core.config import StrictConfig
 from powersteer.core.files import is_file
 from powersteer.evaluation.distribution import few_pictures, frechet_distance, kernel_distance
-from powersteer.evaluation.features import Clip, FeatureExtractor, FeatureName, load_features
+from powersteer.evaluation.features import Clip, FeatureExtractor, load_features
 from powersteer.evaluation.fidelity import (
     box_iou,
     class_boxes,
@@ -28,27 +26,10 @@ from powersteer.evaluation.fidelity import (
 from powersteer.evaluation.figures import REAL, Figure, Value
 from powersteer.evaluation.lines import TOLERANCE, dark_lines, ink_scores, line_scores
 from powersteer.evaluation.paired import lpips, psnr, ssim
+from powersteer.evaluation.settings import MeasureSettings
 
 Pictures = Mapping[str, torch.Tensor]
 """The pictures of each column, (N, 3, H, W), uint8: a quarter of the memory of floats."""
-
-
-class MeasureSettings(StrictConfig):
-    """How pictures are measured."""
-
-    features: tuple[FeatureName, ...] | None = None
-    """The features by which distributions of pictures are compared; ``clip`` by default, where there is one."""
-    clip: str | None = None
-    """A CLIP in transformers' format, or a base that has one; the base's own by default."""
-    inception_weights: Path | None = None
-    lpips: bool = False
-    extractor: str | None = None
-    """The name of an extractor of `powersteer.conditions`: it finds edges or labels in pictures, to be compared with
-    the condition's."""
-    extractor_model: str | None = None
-    """The model that the extractor uses, if it takes one."""
-    batch_size: int = Field(default=20, gt=0, le=10_000)
-    """Pictures made, or measured, at once."""
 
 
 def load_clip_of(settings: MeasureSettings, base: str) -> Clip | None:
