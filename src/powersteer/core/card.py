@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import write_whole
 from powersteer.core.text import json_lines, parse_object, parse_yaml, read_object, read_text
 
 CARD = "README.md"
+TEMPLATE = Path(__file__).parent / "assets" / "model_card.md.jinja"
+HELD_OUT = "held-out pairs"
+"""What a row of the log was measured on, if not on pairs of the training."""
 MARK = "<!-- Written by powersteer, and written anew by it. Delete this line, and the card is yours. -->"
 _LICENCES = ("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "apache-2.0", "mit")
 """The Hub's own names of what a data set may say."""
@@ -64,41 +69,48 @@ def model_card(folder: Path, name: str | None = None) -> str:
     settings = _read_yaml(folder / "train.yaml")
     data = _data(settings)
     condition = dict(config.get("conditioning") or {"kind": settings.get("conditioning_kind") or "picture"})
-    base, licence = _base(config, settings), _licence(data)
+    base = _base(config, settings)
     on_hub = not Path(base).exists()
-    base = base if on_hub else Path(base).name
     name = name or (folder.name if folder.is_absolute() else str(folder))
-
-    tags = ["powersteer", "bayesian-power-steering", "diffusers", "diffusers-training", "text-to-image"]
-    tags += ["stable-diffusion"] if str(config.get("base", {}).get("family")).startswith("Stable") else []
-    metadata: dict[str, Any] = {
-        "library_name": "powersteer",
-        "pipeline_tag": "text-to-image",
-        "tags": [*tags, str(condition["kind"])],
-        "base_model": base if on_hub and settings else None,
-        "base_model_relation": "adapter",
-        "license": licence,
-        "datasets": [settings["dataset_name"]] if settings.get("dataset_name") else None,
-        "widget": [{"text": caption, "output": {"url": file}} for file, caption in pictures_of(folder).items()],
-    }
-    head = yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False)
-    parts = [
-        f"---\n{head}---\n{MARK}\n\n# {name.rpartition('/')[2]}",
-        f"Steers {base} with a condition of the kind **{condition['kind']}**, by [Bayesian Power Steering]"
-        "(https://arxiv.org/abs/2406.03683). The base stays frozen.",
-        *(f"![{caption}]({file})\n\n*{caption}.*" for file, caption in pictures_of(folder).items()),
-        _use(name, base, config) if config.get("_class_name") == "BPSModel" else "",
-        _facts(config, condition, data, settings),
-        _figures(folder, settings),
-        _measured(_read_json(folder / "metrics.json")),
-        _command(settings),
-        f"## Licence\n\n{licence}, as its data."
-        if licence
-        else "## Licence\n\nNot stated. The base and the data have "
-        "theirs; say here under which the weights may be used.",
-        "## Not good for\n\nOther bases than its own, and conditions of another kind or polarity than the table says.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    title = name.rpartition("/")[2]
+    best, last_step = _best(folder)
+    figures = _figures(folder / "metrics.json")
+    columns = list(dict.fromkeys(column for figure in figures.values() for column in figure.values))
+    results = _results(settings, data, best, figures)
+    metadata = ModelCardData(
+        library_name="powersteer",
+        pipeline_tag="text-to-image",
+        tags=_tags(config, condition["kind"]),
+        base_model=base if on_hub and settings else None,
+        base_model_relation="adapter" if on_hub and settings else None,
+        license=_licence(data),
+        datasets=[settings["dataset_name"]] if settings.get("dataset_name") else None,
+        model_name=title if results else None,
+        eval_results=results or None,
+        widget=[{"text": caption, "output": {"url": file}} for file, caption in pictures_of(folder).items()] or None,
+    )
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
+        mark=MARK,
+        name=name,
+        title=title,
+        base=base if on_hub else Path(base).name,
+        kind=condition["kind"],
+        pictures=pictures_of(folder),
+        is_bps=config.get("_class_name") == "BPSModel",
+        picture_mode={1: "L", 3: "RGB", 4: "RGBA"}.get(config.get("conditioning_channels", 1)),
+        pixel_unshuffle=config.get("pixel_unshuffle", 8),
+        facts=_facts(config, condition, data, settings),
+        best=best,
+        last_step=last_step,
+        refitted=_refitted(folder, settings, best),
+        columns=columns,
+        measured=_measured(figures, columns),
+        settings=_told(settings),
+        licence=_licence(data),
+    )
+    return f"{card}\n"
 
 
 def pictures_of(folder: Path) -> dict[str, str]:
@@ -110,34 +122,15 @@ def pictures_of(folder: Path) -> dict[str, str]:
     return found
 
 
-def _use(name: str, base: str, config: Mapping[str, Any]) -> str:
-    channels, unshuffle = config.get("conditioning_channels", 1), config.get("pixel_unshuffle", 8)
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
-    load = f'Image.open("condition.png").convert("{mode}").resize((side, side))'
-    if mode is None:
-        load = 'torch.from_numpy(np.load("condition.npy"))[None]'
-    imports = "from PIL import Image\n" if mode else "import numpy as np\nimport torch\n"
-    return f"""## Use
-
-```console
-powersteer generate --adapter {name} --base {base} --condition condition.png --prompt "a fox"
-```
-
-```python
-{imports}
-from powersteer import load_adapter, load_base, steer
-
-pipe, model = load_base("{base}"), load_adapter("{name}")
-side = pipe.unet.config.sample_size * {unshuffle}
-condition = {load}
-with steer(pipe, model, condition):
-    pipe("a fox").images[0].save("fox.png")
-```"""
+def _tags(config: Mapping[str, Any], kind: Any) -> list[str]:
+    tags = ["powersteer", "bayesian-power-steering", "diffusers", "diffusers-training", "text-to-image"]
+    tags += ["stable-diffusion"] if str((config.get("base") or {}).get("family")).startswith("Stable") else []
+    return [*tags, str(kind)]
 
 
 def _facts(
     config: Mapping[str, Any], condition: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any]
-) -> str:
+) -> dict[str, str]:
     """What it reads, what it is, what it learned from."""
     channels = config.get("conditioning_channels", 1)
     reads = "one channel" if channels == 1 else f"{channels} channels"
@@ -163,71 +156,88 @@ def _facts(
     rows["licence of the data"] = data.get("licence")
     if settings.get("resolution"):
         rows["resolution"] = settings["resolution"]
-    return "## What it is\n\n| | |\n|---|---|\n" + "\n".join(
-        f"| {key} | {fact} |" for key, fact in rows.items() if fact
-    )
+    return {key: " ".join(str(fact).replace("|", "\\|").split()) for key, fact in rows.items() if fact}
 
 
-def _figures(folder: Path, settings: Mapping[str, Any]) -> str:
-    """The best row of the log, as the run chose it."""
+def _best(folder: Path) -> tuple[dict[str, Any], int]:
+    """The best row of the log, as the run chose it, and the last step; an empty row where nothing was measured."""
     rows = [row for row in _log(folder / "log.jsonl") if "steered" in row and "prior" in row]
     if not rows:
-        return ""
-    held_out = rows[-1].get("on") == "held-out pairs"
-    best = min(rows, key=lambda row: row["steered"]) if held_out else rows[-1]
+        return {}, 0
+    held_out = rows[-1].get("on") == HELD_OUT
+    return min(rows, key=lambda row: row["steered"]) if held_out else rows[-1], rows[-1]["step"]
+
+
+def _refitted(folder: Path, settings: Mapping[str, Any], best: Mapping[str, Any]) -> int | None:
+    """Updates of the training on all pairs that followed, if one did."""
     record = _read_json(folder / "run.json")
-    updates = record.get("refitted") if record else settings.get("refit") and best["step"]
-    note = f" These weights were then trained anew on all pairs, for {updates} updates." if updates else ""
-    losses = [f"{best[kind]:.4f}" if kind in best else "—" for kind in ("prior", "steered", "shuffled")]
-    gaps = [f"{best[kind]:.4f}{_error(best, kind)}" for kind in ("gain", "control")]
-    return f"""## Figures
-
-Denoising loss on {best["on"]}, same noise for all, at step {best["step"]} of {rows[-1]["step"]}:
-
-| prior | steered | conditions exchanged | gain | control |
-|---|---|---|---|---|
-| {" | ".join([*losses, *gaps])} |
-
-Gain: prior less steered. Control: how much worse it is with another picture's condition.{note}"""
+    return record.get("refitted") if record else (settings.get("refit") and best.get("step")) or None
 
 
-def _error(row: Mapping[str, Any], kind: str) -> str:
-    error = row.get(f"{kind}_error")
-    return "" if error is None else f" ± {error:.4f}"
+class _Value(BaseModel):
+    value: float | None
+    error: float | None = None
 
-
-def _measured(metrics: Mapping[str, Any]) -> str:
-    """What ``powersteer evaluate`` found."""
-    figures: Mapping[str, Any] = metrics.get("figures", {})
-    columns = list(dict.fromkeys(column for figure in figures.values() for column in figure["values"]))
-    if not columns:
-        return ""
-
-    def shown(value: Mapping[str, Any] | None) -> str:
-        if value is None or value["value"] is None:
+    def __str__(self) -> str:
+        if self.value is None:
             return ""
-        return f"{value['value']:.4g}" + (f" ± {value['error']:.2g}" if value.get("error") else "")
+        return f"{self.value:.4g}" + (f" ± {self.error:.2g}" if self.error else "")
 
-    arrow = {"higher": " ↑", "lower": " ↓"}
-    rows = [
-        f"| {name}{arrow.get(str(figure['better']), '')} | "
-        + " | ".join(shown(figure["values"].get(column)) for column in columns)
-        + " |"
+
+class _Figure(BaseModel):
+    """What ``powersteer evaluate --json`` writes of one measure; ``values`` by column."""
+
+    better: Literal["higher", "lower"] | None = None
+    values: dict[str, _Value | None]
+
+
+def _figures(path: Path) -> dict[str, _Figure]:
+    """What was measured, by name."""
+    try:
+        return TypeAdapter(dict[str, _Figure]).validate_python(_read_json(path).get("figures", {}))
+    except ValidationError:
+        message = f"{path} does not hold what `powersteer evaluate --json` writes: mend it, or remove it"
+        raise PowersteerError(message) from None
+
+
+def _measured(figures: Mapping[str, _Figure], columns: list[str]) -> dict[str, list[str]]:
+    """Heading → cells."""
+    arrow = {"higher": " ↑", "lower": " ↓", None: ""}
+    return {
+        f"{name}{arrow[figure.better]}": [str(figure.values.get(column) or "") for column in columns]
         for name, figure in figures.items()
+    }
+
+
+def _results(
+    settings: Mapping[str, Any], data: Mapping[str, Any], best: Mapping[str, Any], figures: Mapping[str, _Figure]
+) -> list[EvalResult]:
+    """The figures of the steered base, as the Hub lists them beside the card."""
+    found = {"denoising_loss": best["steered"]} if best.get("on") == HELD_OUT else {}
+    found |= {name: value.value for name, figure in figures.items() if (value := figure.values.get("steered"))}
+    hub_name = settings.get("dataset_name")
+    return [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type=hub_name or "imagefolder",
+            dataset_name=str(data.get("source") or hub_name or HELD_OUT),
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in found.items()
+        if value is not None
     ]
-    head = f"| `powersteer evaluate` | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|"
-    return "\n".join([head, *rows])
 
 
-def _command(settings: Mapping[str, Any]) -> str:
-    """How it was made; of paths, only the last names."""
+def _told(settings: Mapping[str, Any]) -> str:
+    """The settings of the run; of paths, only the last names."""
     if not settings:
         return ""
     told = {key: Path(value).name if key in _LOCAL and value else value for key, value in settings.items()}
     base = settings.get("pretrained_model_name_or_path")
     told |= {"pretrained_model_name_or_path": Path(base).name} if base and Path(base).exists() else {}
-    listing = yaml.safe_dump({key: value for key, value in told.items() if value is not None}, sort_keys=False)
-    return f"## How it was made\n\n```console\npowersteer train train.yaml\n```\n\n```yaml\n# train.yaml\n{listing}```"
+    told = {key: value for key, value in told.items() if value is not None}
+    return yaml.safe_dump(told, sort_keys=False, allow_unicode=True).strip()
 
 
 def _base(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
