@@ -1,7 +1,7 @@
 """Printing: what is printed is printed as it is. No markup is read, and no control character reaches the terminal.
 
-The notes of a run go through the console that draws its progress bar, not through `logging`: so they stand above the bar,
-keep their lines whole in a pipe, and are seen by whoever calls `train` from Python without setting up a handler first.
+The notes of a run go through the console that draws its progress bar, not through `logging`: so they stand above the
+bar, keep their lines whole in a pipe, and are seen without a handler that a caller of `train` must set up first.
 """
 
 from __future__ import annotations
