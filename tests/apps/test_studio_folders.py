@@ -169,7 +169,7 @@ class Running:
 
     def train(self, file: Path, name: str) -> int:
         """Start a training; the number of its process."""
-        _, report, _ = self.visitor.call("look", self.visitor.uploaded(file.name, file.read_bytes()), "", "")
+        _, report, _ = self.visitor.call("look_at_zip", self.visitor.uploaded(file.name, file.read_bytes()), "", "")
         assert "pairs.**" in report
         assert isinstance(self.visitor.call("start", None, name, 3000, ""), list)
         [process] = _wait_for(lambda: _trainings(self.process.pid))

@@ -1,6 +1,7 @@
 """What other pages of a browser, and visitors who mean harm, get from a studio: asked of a real one, byte for byte."""
 
 import asyncio
+import html
 import io
 import json
 import os
@@ -247,11 +248,11 @@ def test_a_visitor_cannot_read_pictures_of_the_machine_through_an_upload(visitor
     path = Path(visitor.uploaded("metadata.jsonl", json.dumps(row).encode())["path"])
     assert path.is_file()
     for folder in (path.parent, f"{path.parent}/../{path.parent.name}", path.parent.parent):
-        told = visitor.call("look_1", None, str(folder), "")
+        told = visitor.call("look_at_folder", None, str(folder), "")
         assert "a folder of the studio itself" in str(told)
     link = secret.parent / "link"
     link.symlink_to(path.parent)
-    assert "a folder of the studio itself" in str(visitor.call("look_1", None, str(link), ""))
+    assert "a folder of the studio itself" in str(visitor.call("look_at_folder", None, str(link), ""))
 
 
 ROW = {"file_name": "0.png", "conditioning_image_file_name": "0.png", "text": "a"}
@@ -298,7 +299,7 @@ def leading_out(folder: Path, secret: Path, way: str) -> Path:
     ],
 )
 def test_no_row_and_no_link_leads_out_of_a_folder_that_a_visitor_named(visitor, tmp_path, secret, way):
-    told = visitor.call("look_1", None, str(leading_out(tmp_path / "pairs", secret, way)), "")
+    told = visitor.call("look_at_folder", None, str(leading_out(tmp_path / "pairs", secret, way)), "")
     assert str(told).startswith("pairs names pictures that are not in it")
 
 
@@ -309,7 +310,7 @@ def test_no_row_and_no_link_leads_out_of_a_folder_that_a_visitor_named(visitor, 
 def test_no_row_of_a_zip_leads_out_of_it(visitor, secret, column, name):
     row = ROW | {column: name.format(secret=secret)}
     content = zipped({"0.png": png(), "metadata.jsonl": json.dumps(row).encode()})
-    told = str(visitor.call("look", visitor.uploaded("mine.zip", content), "", ""))
+    told = str(visitor.call("look_at_zip", visitor.uploaded("mine.zip", content), "", ""))
     assert told.startswith("mine.zip names pictures that are not in it")
     assert "powersteer-studio-" not in told
 
@@ -319,24 +320,41 @@ def test_saved_data_sets_and_pipes_are_not_looked_through(visitor, tmp_path):
     cell = {"bytes": None, "path": "/etc/hostname"}
     table = datasets.Dataset.from_dict({"image": [cell], "conditioning_image": [cell], "text": ["a"]})
     table.save_to_disk(str(tmp_path / "saved"))
-    assert "is a data set that" in str(visitor.call("look_1", None, str(tmp_path / "saved"), ""))
+    assert "is a data set that" in str(visitor.call("look_at_folder", None, str(tmp_path / "saved"), ""))
     pairs = draw_pairs(tmp_path / "pairs", 2)
     os.mkfifo(pairs / "images" / "pipe.png")
-    assert "neither a file nor a folder" in str(visitor.call("look_1", None, str(pairs), ""))
+    assert "neither a file nor a folder" in str(visitor.call("look_at_folder", None, str(pairs), ""))
 
 
 @pytest.mark.parametrize(
     "name", ["/no/such/folder", "~nobody-of-this-name", "a\0b", "a" * 5000, "\ud800", "../" * 3000]
 )
 def test_names_that_no_folder_has_are_refused_in_words(visitor, name):
-    assert str(visitor.call("look_1", None, name, "")).startswith("there is no folder of pairs")
+    assert str(visitor.call("look_at_folder", None, name, "")).startswith("there is no folder of pairs")
 
 
 def test_a_folder_of_ones_own_can_be_named(visitor, tmp_path):
     pairs = draw_pairs(tmp_path / "pairs", 8)
     (pairs / "again").symlink_to(pairs / "images")  # a link within it
-    _, report, _ = visitor.call("look_1", None, f" {pairs} ", "")
+    _, report, _ = visitor.call("look_at_folder", None, f" {pairs} ", "")
     assert report.startswith("**8 pairs.**")
+
+
+def test_what_is_found_in_pairs_is_told_the_worst_first(visitor, tmp_path):
+    pairs = draw_pairs(tmp_path / "pairs", 8)
+    for i in (2, 5):
+        (pairs / "images" / f"{i}.png").write_bytes(b"?")
+    Image.new("L", (32, 32)).save(pairs / "drawings" / "3.png")
+    _, report, _ = visitor.call("look_at_folder", None, str(pairs), "")
+    report = html.unescape(report)
+    told = report.splitlines()[1:]
+    severities = [line.split(":")[0].removeprefix("- ") for line in told]
+    assert set(severities) == {"Error", "Warning", "Note"}
+    assert severities == sorted(severities, key=["Error", "Warning", "Note"].index)
+    assert told[0].startswith("- Error: 2 pairs cannot be read, such as pairs[2]: 'images/2.png'")
+    assert "- Warning: 1 conditions are blank, such as that of pairs[3]" in report
+    small = "such as 'images/0.png' (column file_name), 32×32: give larger ones"
+    assert told[-1] == f"- Note: 6 pictures are enlarged to 64 pixels, {small}"
 
 
 def test_behind_a_password_nobody_names_a_folder_of_the_server(locked_studio, tmp_path):
@@ -349,18 +367,18 @@ def test_behind_a_password_nobody_names_a_folder_of_the_server(locked_studio, tm
     entered = stranger.ask("POST", "/login", kind, form)
     cookies = "; ".join(value.partition(";")[0] for name, value in entered.headers if name == "set-cookie")
     me = Visitor(locked_studio, Cookie=cookies)
-    told = str(me.call("look_1", None, str(pairs), ""))
+    told = str(me.call("look_at_folder", None, str(pairs), ""))
     assert told == "there are no pairs: drop a zip"
     assert me.ask("POST", "/gradio_api/upload", {"Origin": "http://evil.example"}, b"").status == 403
     assert me.ask("GET", "/config", host="studio.example").status == 200  # a proxy that passes Host on
     content = {str(file.relative_to(pairs)): file.read_bytes() for file in pairs.rglob("*.*")}
-    _, report, _ = me.call("look", me.uploaded("pairs.zip", zipped(content)), "", "")
+    _, report, _ = me.call("look_at_zip", me.uploaded("pairs.zip", zipped(content)), "", "")
     assert report.startswith("**8 pairs.**")
 
 
 def test_no_file_of_the_machine_can_be_named_as_an_upload(visitor, secret):
     forged = {"path": str(secret), "orig_name": "secret.png", "meta": {"_type": "gradio.FileData"}}
-    for name, *rest in (("reloaded",), ("look", "", ""), ("extracted", AS_IT_IS, "sketch")):
+    for name, *rest in (("reloaded",), ("look_at_zip", "", ""), ("extracted", AS_IT_IS, "sketch")):
         assert isinstance(visitor.call(name, forged, *rest), Exception)
     for path in (secret, f"{secret.parent}/./secret.png", "/etc/hostname", Path(__file__)):
         assert visitor.ask("GET", f"/gradio_api/file={path}").status == 403
@@ -428,7 +446,7 @@ def test_any_value_of_any_field_is_taken_or_refused_in_words(visitor, caplog, ca
 
 @pytest.mark.parametrize("value", [one for one in ODD if one is not True])
 def test_seeds_and_updates_that_are_no_numbers_are_refused(visitor, tmp_path, value, capfd):
-    _, report, _ = visitor.call("look_1", None, str(draw_pairs(tmp_path / "pairs", 2)), "")
+    _, report, _ = visitor.call("look_at_folder", None, str(draw_pairs(tmp_path / "pairs", 2)), "")
     assert report.startswith("**2 pairs.**")
     updates = visitor.call("start", None, "mine", value, "")
     assert "max_train_steps" in str(updates)

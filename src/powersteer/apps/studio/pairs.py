@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -130,13 +130,26 @@ def look_through(folder: Path, name: str, default_prompt: str | None) -> PairsFo
         report = check_pairs(folder, default_prompt=default_prompt)
     except PowersteerError as error:
         raise PowersteerError(str(error).replace(f"{folder}/", "").replace(str(folder), name)) from None
-    errors, warnings = ([line.replace(f"{folder}/", "") for line in part] for part in (report.errors, report.warnings))
     shown: list[tuple[Image.Image, str]] = []
     for row in rows[:SHOWN_PAIRS]:
         with suppress(PowersteerError):
             pair = _side_by_side(row.conditioning_image.picture(), row.image.picture())
             shown.append((pair, row.text or default_prompt or ""))
-    return PairsFound(folder, DataReport(report.facts, errors, warnings), shown)
+    return PairsFound(folder, _without_place(report, folder), shown)
+
+
+def _without_place(report: DataReport, folder: Path) -> DataReport:
+    """The report, which names files from the folder on."""
+
+    def short(text: str) -> str:
+        return text.replace(f"{folder}/", "")
+
+    findings = [
+        replace(one, text=short(one.text), example=short(one.example), remedy=short(one.remedy))
+        for one in report.findings
+    ]
+    errors, warnings = ([short(line) for line in part] for part in (report.errors, report.warnings))
+    return DataReport(report.facts, errors, warnings, findings)
 
 
 def confine(folder: Path, name: str) -> None:
