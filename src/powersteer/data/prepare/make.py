@@ -21,7 +21,8 @@ from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of, write_whole
 from powersteer.data.looks import first_alike, perceptual_hash, thumbnail
 from powersteer.data.pairs import same_aspect
-from powersteer.data.prepare.sources.base import Captions, Item
+from powersteer.data.prepare.config import Captions
+from powersteer.data.prepare.sources.base import Item
 
 JPEG_QUALITY = 95
 

@@ -13,22 +13,20 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock, Timeout
-from PIL import ImageColor
-from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from powersteer.conditions.extractors.extractor import EXTRACTORS, Registered, Task
-from powersteer.core.config import StrictConfig
+from powersteer.conditions.extractors.extractor import EXTRACTORS, Registered
 from powersteer.core.console import PlainColumn, PlainConsole
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_file, reason_of, write_whole
 from powersteer.core.text import parse_json, read_text
 from powersteer.data.findings import Finding, finding
+from powersteer.data.prepare.config import PrepareConfig
 from powersteer.data.prepare.ledger import FOLDER, Ledger, Shards, log_path, read_log, rejected_table
 from powersteer.data.prepare.make import HeldOut, Job, Measures, Outcome, Recipe, measure
 from powersteer.data.prepare.sources import OPENMOJI, find_source
-from powersteer.data.prepare.sources.base import Captions, Item, Source, Wanted
+from powersteer.data.prepare.sources.base import Item, Source, Wanted
 from powersteer.data.prepare.workers import available, in_processes
 from powersteer.data.splits import is_held_out
 
@@ -37,47 +35,6 @@ FEW = 16
 """Items that one process is done with while another starts."""
 LONGEST_KEY = 100
 """Characters of a file's name; a longer one is cut, and told apart by a digest."""
-
-
-class PrepareConfig(StrictConfig):
-    """What is made of what."""
-
-    task: Task
-    source: str
-    """``openmoji``, or a folder: of pictures, or a COCO 2017 or ADE20K root."""
-    out_dir: Path
-    extractor: str | None = None
-    """What makes the conditions; by default what suits task and source."""
-    settings: dict[str, Any] = Field(default_factory=dict[str, Any])
-    """The extractor's own settings."""
-    captions: Captions = "all"
-    """Which captions a picture with several keeps: all of them, the first, or one at random."""
-    resolution: int | None = Field(default=None, ge=8, le=8192)
-    """Pixels of the shorter side; without it pictures keep their size, and their files are copied where they can be."""
-    background: str = "white"
-    """The colour put behind what is transparent."""
-    shards: bool = False
-    """Write WebDataset shards instead of an ImageFolder."""
-    num_shards: int = Field(default=1, ge=1, le=99_999)
-    """Parts that the work is split into, one a machine."""
-    shard_index: int = Field(default=0, ge=0)
-    """The part that this machine does."""
-    workers: int | None = Field(default=None, ge=1, le=1024)
-    """How many processes work; one for each core by default."""
-
-    @field_validator("background")
-    @classmethod
-    def _colour(cls, background: str) -> str:
-        ImageColor.getrgb(background)
-        return background
-
-    @model_validator(mode="after")
-    def _part(self) -> PrepareConfig:
-        if "shard_index" in self.model_fields_set and "num_shards" not in self.model_fields_set:
-            raise ValueError("shard_index is the part of how many? Give num_shards too")
-        if self.shard_index >= self.num_shards:
-            raise ValueError(f"shard_index must be below num_shards, {self.num_shards}, not {self.shard_index}")
-        return self
 
 
 @dataclass(frozen=True)

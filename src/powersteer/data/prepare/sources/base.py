@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from powersteer.conditions.extractors.extractor import Subject, Task
-
-Captions = Literal["first", "all", "random"]
 
 
 @dataclass(frozen=True)
