@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from powersteer.backbones.load import EMBEDDED_BASE
+from powersteer.backbones.embedded import EMBEDDED_BASE
 from powersteer.core.config import StrictConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -82,134 +82,161 @@ class TrainConfig(StrictConfig):
     """One training run."""
 
     preset: Literal["few-shot", "paper", "low-memory"] | None = None
-    """Sets other keys, unless they are given; see `PRESETS`."""
+    """Set other keys at once; a key that you give yourself wins."""
 
     pretrained_model_name_or_path: str = EMBEDDED_BASE
-    """The frozen base: ``powersteer-tiny``, a folder in diffusers' layout, or a model of the Hub."""
+    """Frozen base: ``powersteer-tiny``, a folder in diffusers' layout, or a model of the Hub."""
     init_from: str | None = None
     """Start from this adapter's weights: ``sketch``, a folder, or a model of the Hub."""
     network: Literal["paper", "lite", "controlnet", "controlnet-xs", "t2i-adapter"] = "paper"
-    """Shape of the steering network: the paper's, or ``lite`` with a thirteenth of its parameters; or another control
-    network to compare with."""
+    """Shape of the adapter: the paper's, or ``lite`` with a thirteenth of its parameters. The others are networks to
+    compare with."""
     weights: Literal["head-heavy", "uniform"] | tuple[Weight, ...] = "head-heavy"
-    """Integration weights of the steering; or one number for each level of CP, then TP's, then EP's."""
+    """Integration weights of the steering: ``head-heavy``, ``uniform``, or one number per level of CP, then TP, then
+    EP."""
     trainable_weights: bool = False
-    """Train the integration weights, one for each residual."""
+    """Train the integration weights, one per residual."""
     port_learning_rates: Literal["same", "head-heavy"] = "same"
-    """Learning rates of the output convolutions: ``head-heavy`` multiplies each one's rate by what its integration
-    weight would be. AdamW's step does not depend on the gradient's scale, so that a weight of 16 acts as a 16-fold rate
-    too."""
+    """Learning rates of the output convolutions. ``head-heavy`` multiplies each rate by what its integration weight
+    would be: AdamW's step does not depend on the gradient's scale, so a weight of 16 also acts as a 16-fold rate."""
     hidden_channels: tuple[Width, ...] | None = None
-    """Width of CP and TP at each level, instead of the shape's own."""
+    """Width of CP and TP at each level. The shape's own by default."""
     up_channels: tuple[Width, ...] | None = None
-    """Width of EP at each level."""
+    """Width of EP at each level. The shape's own by default."""
     ablation: Literal["no-time", "added-once", "conditional-half", "no-latents", "blind"] | None = None
-    """Leave something out of the method, ControlNet (``no-latents``), or the condition of any network (``blind``):
-    `powersteer.adapters.bps.ablations`."""
+    """Leave something out: a part of the method, the latents of ControlNet (``no-latents``), or the condition of any
+    network (``blind``)."""
     conditioning_channels: int | None = Field(default=None, gt=0, le=65536)
-    """Channels of the condition: 1 (grey), 3 (RGB), 4 (RGBA: colour and structure), or a feature map's; by default what
-    the data's ``dataset.json`` says, else 1."""
+    """Channels of the condition: 1 (grey), 3 (RGB), 4 (RGBA: colour and structure), or a feature map's. By default what
+    dataset.json says, else 1."""
     conditioning_kind: str | None = None
-    """The kind of the conditions; by default what ``dataset.json`` says, else ``sketch``."""
+    """Kind of condition: sketch, segmentation, layout, … By default what dataset.json says, else sketch."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability of dropout in the adapter's blocks."""
 
     train_data_dir: str | None = None
-    """A folder of pairs; `powersteer data check` says what it holds, and which layouts can be read. With
-    ``streaming``, shards: a folder, a pattern such as ``shards/{000..099}.tar``, or a URL of either."""
+    """Folder of training pairs, in any layout that `powersteer data check` reads. With ``streaming``, shards: a folder,
+    a pattern such as ``shards/{000..099}.tar``, or a URL of either."""
     dataset_name: str | None = None
-    """Pairs of the Hub, instead of ``train_data_dir``."""
+    """Data set of the Hub to train on, instead of ``train_data_dir``."""
     dataset_config_name: str | None = None
+    """Configuration of ``dataset_name``."""
     dataset_split: str = "train"
+    """Split of ``dataset_name`` to train on."""
     streaming: bool = False
-    """Read WebDataset shards in order, over and over; nothing is cached."""
+    """Read WebDataset shards in order, again and again; cache nothing."""
     image_column: str = "image"
+    """Column of the pictures, where columns have names."""
     conditioning_image_column: str = "conditioning_image"
+    """Column of the conditions."""
     caption_column: str = "text"
+    """Column of the captions."""
     generated_caption_column: str = "generated_text"
+    """Column of the generated captions, for ``prompt_mix``."""
     default_prompt: str | None = None
     """Caption of pairs that have none."""
     max_train_samples: int | None = Field(default=None, gt=0, le=MAX_UPDATES)
-    """Take only so many pairs, evenly spread."""
+    """Maximum number of training pairs, evenly spread. All by default."""
     resolution: Side | tuple[Side, Side] | None = None
-    """The size of the pictures in pixels: the side of a square, or (height, width); the base's own by default."""
+    """Size of the pictures in pixels: the side of a square, or [height, width]. The base's own by default."""
     aspect_ratio_buckets: bool = False
-    """Train each picture at the size nearest in aspect ratio, of the area of ``resolution``."""
+    """Train each picture at the size nearest in aspect ratio, with the area of ``resolution``."""
     random_flip: bool = False
-    """Mirror half of the pairs."""
+    """Train on mirrored pairs too, as often as on plain ones."""
     random_crops: int = Field(default=0, ge=0, le=10_000)
-    """Cut each pair out at random in so many more ways."""
+    """Number of extra random crops per pair."""
     smallest_crop: float = Field(default=0.8, gt=0, le=1)
-    """The smallest side of a cut-out, as a share of the picture's. Cut-outs are enlarged: lines grow thicker, by a
-    fourth at 0.8."""
+    """Smallest side of a crop, as a share of the picture's. Crops are enlarged to the full size, so lines grow thicker:
+    by a fourth at 0.8."""
     cache_latents: bool = True
-    """Encode pictures and captions once."""
+    """Encode pictures and captions once, and keep them."""
     cache_dir: Path | None = None
-    """Where encoded pairs are kept; ``output_dir/cache`` when not given."""
+    """Folder for encoded pairs. ``output_dir/cache`` by default."""
     dataloader_num_workers: int = Field(default=0, ge=0, le=1024)
+    """Number of processes that load data. 0 loads in the training process."""
 
     proportion_empty_prompts: float = Field(default=0.1, ge=0, le=1)
-    """The share of prompts that are left empty, for classifier-free guidance."""
+    """Probability of dropping the prompt, for classifier-free guidance."""
     proportion_empty_conditions: float = Field(default=0.0, ge=0, le=1)
-    """The share of conditions that are left blank: the network learns to leave the prior alone."""
+    """Probability of dropping the condition: the adapter learns not to steer by a blank one."""
     prompt_mix: bool = False
-    """Mix the prompts as the method does: a third ``fixed_prompt``, a third the generated caption, a third the own one
-    (a half each where one is missing), drawn afresh."""
+    """Mix prompts as the method does: a third ``fixed_prompt``, a third the generated caption, a third the pair's own
+    caption (half each where one is missing), drawn anew each time."""
     fixed_prompt: str = "a high-quality, detailed, and professional image"
+    """Fixed prompt of ``prompt_mix``."""
 
     output_dir: Path
+    """Folder for the adapter, checkpoints and logs. An interrupted run in it is resumed."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the initial weights, the order of pairs, and the noise."""
     max_train_steps: int | None = Field(default=1500, gt=0, le=MAX_UPDATES)
-    """Optimizer updates. If both are given, this decides; ``num_train_epochs`` given alone decides instead."""
+    """Number of optimizer updates. Wins over ``num_train_epochs`` if both are given."""
     num_train_epochs: int | None = Field(default=None, gt=0, le=MAX_UPDATES)
-    """How many times every pair is seen."""
+    """Number of passes over the pairs; replaces ``max_train_steps`` if given alone."""
     max_train_minutes: float | None = Field(default=None, gt=0, le=1e7)
-    """Stop after so many minutes, if they are over before ``max_train_steps`` are done."""
+    """Maximum training time in minutes. No limit by default."""
     train_batch_size: int = Field(default=16, gt=0, le=65536)
-    """Samples for each process and accumulation step."""
+    """Samples per process and accumulation step."""
     gradient_accumulation_steps: int = Field(default=1, gt=0, le=65536)
+    """Number of batches per optimizer update."""
     gradient_checkpointing: bool = False
-    """Compute activations again instead of keeping them: a step takes about half as long again, in far less memory."""
+    """Compute activations again instead of keeping them: a step takes about half as long again, with far less
+    memory."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """The precision to compute in; ``auto`` is bf16 where the hardware multiplies it natively. The trained weights stay
-    in float32."""
+    """Precision to compute in. ``auto`` is bf16 where the hardware multiplies it natively. Trained weights stay in
+    float32."""
     learning_rate: float = Field(default=1e-4, gt=0, le=1e38)
+    """Learning rate of AdamW."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    """How the learning rate changes over the run."""
     lr_warmup_steps: int = Field(default=50, ge=0, le=MAX_UPDATES)
-    """Optimizer updates over which the learning rate rises to its full value."""
+    """Number of updates over which the learning rate rises to its full value."""
     use_8bit_adam: bool = False
-    """AdamW of bitsandbytes, where it is installed and there is a GPU."""
+    """Use the 8-bit AdamW of bitsandbytes; needs a GPU and the package."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """First beta of AdamW."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Second beta of AdamW."""
     adam_epsilon: float = Field(default=1e-8, gt=0, le=1)
+    """Epsilon of AdamW."""
     adam_weight_decay: float = Field(default=0.01, ge=0, le=1000)
+    """Weight decay of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0, le=1e12)
+    """Clip gradients to this norm."""
     ema_decay: float | None = Field(default=0.998, ge=0, lt=1)
-    """The decay of the weights' running average, which is what is validated and kept; null for no average."""
+    """Decay of the running average of the weights, which is validated and saved. null turns it off."""
     log_snr_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of timesteps drawn evenly in log-SNR, not in t: more of them see little noise, and so fine details."""
+    """Share of timesteps to draw evenly in log-SNR, not in t: more of them have little noise, where fine details are
+    learned."""
     snr_gamma: float | None = Field(default=None, gt=0, le=1e12)
-    """Min-SNR weighting of the loss; 5 is its authors' choice."""
+    """Gamma of the Min-SNR loss weighting; its authors use 5. Off by default."""
 
     validation_data_dir: Path | None = None
-    """Held-out pairs, on which the best weights are chosen; without any, the last weights are kept."""
+    """Folder of held-out pairs, to choose the best weights. Without held-out pairs the last weights are kept."""
     validation_split: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the training pairs to hold out instead."""
+    """Share of the training pairs to hold out, instead of ``validation_data_dir``."""
     max_validation_samples: int = Field(default=256, gt=0, le=MAX_UPDATES)
+    """Maximum number of held-out pairs to measure the loss on."""
     validation_steps: int = Field(default=100, gt=0, le=MAX_UPDATES)
+    """Number of updates between validations."""
     validation_image_steps: int = Field(default=500, gt=0, le=MAX_UPDATES)
-    """Updates between pictures (condition, generated, target)."""
+    """Number of updates between sheets of pictures (condition, generated, target)."""
     num_validation_images: int = Field(default=4, ge=0, le=1000)
+    """Number of pictures on a sheet."""
     patience: int | None = Field(default=None, gt=0, le=MAX_UPDATES)
-    """Stop after so many validations without a better one."""
+    """Stop after this many validations without a better one. Off by default."""
     refit: bool = False
-    """At the end, train on the held-out share too, for as many updates as were best without it."""
+    """Train again at the end on all pairs, the held-out ones too, for as many updates as were best."""
 
     checkpointing_steps: int = Field(default=500, gt=0, le=MAX_UPDATES)
+    """Number of updates between checkpoints."""
     checkpoints_total_limit: int = Field(default=2, gt=0, le=MAX_UPDATES)
+    """Number of checkpoints to keep; older ones are deleted."""
     resume_from_checkpoint: str | None = "latest"
-    """``latest`` goes on from the newest checkpoint in ``output_dir``, if there is one; ``latest-intact`` from the
-    newest that is undamaged; ``checkpoint-<step>`` from that one."""
+    """Checkpoint to resume from: ``latest`` is the newest in ``output_dir``, if there is one; ``latest-intact`` the
+    newest undamaged one; ``checkpoint-STEP`` that one. null refuses to resume."""
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
+    """Where to send curves and pictures, besides log.jsonl."""
 
     @model_validator(mode="before")
     @classmethod

@@ -6,7 +6,10 @@ from inspect import unwrap
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+
+from powersteer.apps.cli.options import default_of, described
+from powersteer.training.config import TrainConfig
 
 PANELS = {
     "Start here": ("demo", "generate", "studio"),
@@ -39,6 +42,19 @@ class Commands(TyperGroup):
                 formatter, panel, [(name, rows.pop(name)) for name in names if name in rows and ctx.parent is None]
             )
         _section(formatter, "Commands", list(rows.items()))
+
+
+class TrainCommand(TyperCommand):
+    """`powersteer train`, whose help lists the keys of its configuration."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Options, then keys."""
+        super().format_options(ctx, formatter)
+        rows: list[tuple[str, str]] = []
+        for name, info in TrainConfig.model_fields.items():
+            default = "required" if info.is_required() else f"default: {default_of(TrainConfig, name)}"
+            rows.append((name, described(TrainConfig, name) + f"  [{default}]".replace("  [default: ]", "")))
+        _section(formatter, "Keys", rows)
 
 
 def _section(formatter: Any, heading: str, rows: list[tuple[str, str]]) -> None:

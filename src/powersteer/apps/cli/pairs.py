@@ -2,68 +2,60 @@
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import Field
 from rich.table import Column, Table
 
 from powersteer.apps.cli.help import Commands
+from powersteer.apps.cli.options import Fields, Given, described, with_fields
 from powersteer.apps.cli.output import err, out, show, show_json, tell
+from powersteer.backbones.embedded import EMBEDDED_BASE
+from powersteer.core.config import StrictConfig
 from powersteer.core.errors import PowersteerError
+from powersteer.data.prepare.config import PrepareConfig
+from powersteer.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from powersteer.data.findings import Finding
 
+_PLACES = ("task", "source", "out_dir")
 STYLES = {"error": "red", "warning": "yellow", "note": ""}
-data = typer.Typer(cls=Commands, help="Look at training pairs.", no_args_is_help=True, rich_markup_mode=None)
+data = typer.Typer(cls=Commands, help="Check training pairs.", no_args_is_help=True, rich_markup_mode=None)
 
 
+@with_fields
 def prepare(
-    task: Annotated[
-        str | None, typer.Argument(help="sketch, segmentation, layout, style, feature, depth, normal or pose.")
-    ] = None,
-    source: Annotated[
-        str | None, typer.Argument(help="A folder of pictures, a COCO 2017 or ADE20K root, or openmoji.")
-    ] = None,
-    out_dir: Annotated[Path | None, typer.Argument(help="A new folder for the pairs.")] = None,
+    config: Annotated[Given[PrepareConfig], Fields(arguments=_PLACES, optional=_PLACES, leave_out=("settings",))],
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings of the extractor.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help=described(PrepareConfig, "settings"))
     ] = None,
-    extractor: Annotated[str | None, typer.Option(help="What makes the conditions; --list has all.")] = None,
-    captions: Annotated[str | None, typer.Option(help="Of several: all (the default), first or random.")] = None,
-    resolution: Annotated[int | None, typer.Option(help="Pixels of the shorter side; else as they are.")] = None,
-    background: Annotated[str | None, typer.Option(help="A colour behind what is transparent; else white.")] = None,
-    shards: Annotated[bool, typer.Option("--shards", help="Write WebDataset shards.")] = False,
-    num_shards: Annotated[int | None, typer.Option(help="Parts of the work, one a machine.")] = None,
-    shard_index: Annotated[int | None, typer.Option(help="The part to do here, from 0.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
-    show_list: Annotated[bool, typer.Option("--list", help="Print all extractors, and what each needs.")] = False,
+    show_list: Annotated[
+        bool, typer.Option("--list", help="Print all extractors with what each needs, and do nothing else.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result, or the list, as JSON.")] = False,
 ) -> None:
-    """Make pairs to train on of pictures. The same command goes on with a run that was interrupted."""
-    given: dict[str, Any] = {"task": task, "source": source, "out_dir": out_dir, "extractor": extractor}
-    given |= {"captions": captions, "resolution": resolution, "background": background, "shards": shards or None}
-    given |= {"num_shards": num_shards, "shard_index": shard_index, "workers": workers}
-    given = {name: value for name, value in given.items() if value is not None}
+    """Make training pairs from pictures. The same command resumes an interrupted run."""
     if show_list:
-        if given or settings:
+        if config.values or settings:
             raise PowersteerError("--list prints all extractors, and does nothing else: leave the rest out")
         _list_extractors(as_json)
         return
-    if task is None or source is None or out_dir is None:
+    if not config.values.keys() >= {*_PLACES}:
         raise PowersteerError("give TASK, SOURCE and OUT_DIR: such as prepare sketch my/pictures my/pairs")
-    from powersteer.core.config import build_config
-    from powersteer.data.prepare.prepare import PrepareConfig
+    wanted = config.build([f"settings.{setting}" for setting in settings or []])
+
     from powersteer.data.prepare.prepare import prepare as run
 
-    overrides = [f"settings.{setting}" for setting in settings or []]
-    result = run(build_config(given, PrepareConfig, overrides, where="prepare"))
+    result = run(wanted)
     if as_json:
         show_json(result.as_json())
         return
     for split, count in result.pairs.items():
-        show(f"{out_dir / split}: {count} pairs")
+        show(f"{wanted.out_dir / split}: {count} pairs")
     if result.rejected:
         show(f"{result.rejected} refused: see rejected.csv")
     for one in result.findings:
@@ -88,46 +80,56 @@ def _list_extractors(as_json: bool) -> None:
     out.print(table)
 
 
+def _of_training(name: str) -> Any:
+    """A field of `TrainConfig`: the same range, default and description."""
+    return copy(TrainConfig.model_fields[name])
+
+
+class PairsToCheck(StrictConfig):
+    """What `data check` reads."""
+
+    folder: Path
+    """Folder of pairs, in any layout that `train` reads."""
+    validation: Path | None = None
+    """Held-out pairs, to compare for leakage."""
+    conditioning_channels: int | None = _of_training("conditioning_channels")
+    kind: str | None = _of_training("conditioning_kind")
+    image_column: str = _of_training("image_column")
+    conditioning_image_column: str = _of_training("conditioning_image_column")
+    caption_column: str = _of_training("caption_column")
+    default_prompt: str | None = _of_training("default_prompt")
+    base: str = EMBEDDED_BASE
+    """Base to train for; its tokenizer says which captions are cut."""
+    resolution: int | None = Field(default=None, ge=8, le=8192)
+    """Side in pixels to train at. The base's own by default."""
+
+
 @data.command("check")
+@with_fields
 def data_check(
-    folder: Annotated[Path, typer.Argument(help="The pairs, in any layout that `train` reads.", show_default=False)],
-    validation: Annotated[Path | None, typer.Option(help="Held-out pairs, compared for leakage.")] = None,
-    conditioning_channels: Annotated[
-        int | None, typer.Option(min=1, help="1 (grey), 3 (RGB), 4 (RGBA), …; else what dataset.json says, else 1.")
-    ] = None,
-    kind: Annotated[
-        str | None, typer.Option(help="sketch, segmentation, layout, …; else what dataset.json says, else sketch.")
-    ] = None,
-    image_column: Annotated[str, typer.Option(help="Of pictures, where columns have names.")] = "image",
-    conditioning_image_column: Annotated[str, typer.Option(help="Of conditions.")] = "conditioning_image",
-    caption_column: Annotated[str, typer.Option(help="Of captions.")] = "text",
-    default_prompt: Annotated[str | None, typer.Option(help="Caption of pairs that have none.")] = None,
-    base: Annotated[
-        str, typer.Option(help="What is to be steered: its tokenizer says which captions are cut.")
-    ] = "powersteer-tiny",
-    resolution: Annotated[
-        int | None, typer.Option(min=8, max=8192, help="Pixels of the side to train at; the base's own by default.")
-    ] = None,
+    pairs: Annotated[Given[PairsToCheck], Fields(arguments=("folder",))],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Read every pair and say what is there; exit status 1 where training would fail."""
+    """Read every pair and report problems. Exit status 1 if training would fail."""
+    wanted = pairs.build()
+
     from powersteer.data.check import check_pairs
     from powersteer.data.layouts import Columns
 
     report = check_pairs(
-        folder,
-        validation=validation,
-        conditioning_channels=conditioning_channels,
-        kind=kind,
-        columns=Columns(image_column, conditioning_image_column, caption_column),
-        default_prompt=default_prompt,
-        base=base,
-        resolution=resolution,
+        wanted.folder,
+        validation=wanted.validation,
+        conditioning_channels=wanted.conditioning_channels,
+        kind=wanted.kind,
+        columns=Columns(wanted.image_column, wanted.conditioning_image_column, wanted.caption_column),
+        default_prompt=wanted.default_prompt,
+        base=wanted.base,
+        resolution=wanted.resolution,
     )
     if as_json:
         show_json(report.as_json())
     else:
-        table = Table(str(folder), "")
+        table = Table(str(wanted.folder), "")
         for name, fact in report.facts.items():
             table.add_row(name.replace("_", " "), _shown(fact))
         out.print(table)
