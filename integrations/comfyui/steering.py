@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from powersteer import BPSModel, PowersteerError
 from powersteer.adapters.plan import digest, plan_of, weights_digest
 from powersteer.conditions import to_condition
-from powersteer.conditions.kinds import LABEL_MAPS
+from powersteer.conditions.kind import KINDS
 
 STEERED = ("ResBlock", "SpatialTransformer")
 """Classes of layers; every one of them in a block gets the block's residual."""
@@ -69,17 +70,18 @@ def condition_of(adapter: BPSModel, image: torch.Tensor, latents: tuple[int, int
         PowersteerError: The adapter reads something else than grey, RGB or RGBA pictures, or the image has no alpha.
     """
     channels, said = adapter.config["conditioning_channels"], adapter.config["conditioning"] or {}
+    kind = KINDS.find(said.get("kind", "sketch"))
     height, width = (adapter.config["pixel_unshuffle"] * side for side in latents)
     picture = image.movedim(-1, 1).float()
     if channels == 1:
         grey = torch.tensor([0.299, 0.587, 0.114]).to(picture)
         picture = (picture[:, :3] * grey[:, None, None]).sum(1, keepdim=True)
-        if said.get("kind", "sketch") == "sketch" and picture.mean() > 0.5:
+        if kind.line_art and picture.mean() > 0.5:
             picture = 1 - picture
     elif channels not in (3, 4) or picture.shape[1] < channels:
         raise PowersteerError(f"the adapter reads {channels} channels, the image has {picture.shape[1]}")
     how: dict[str, Any] = {"mode": "bilinear", "antialias": True}
-    if said.get("kind") in LABEL_MAPS:
+    if kind.resampling == Image.Resampling.NEAREST:
         how = {"mode": "nearest-exact"}
     if tuple(picture.shape[-2:]) != (height, width):
         picture = F.interpolate(picture, (height, width), **how)
