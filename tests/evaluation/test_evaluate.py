@@ -16,7 +16,7 @@ from powersteer import PowersteerError
 from powersteer.adapters.attach import BASELINES, attach, make_adapter
 from powersteer.backbones.load import load_base
 from powersteer.conditions.extractors.extractor import EXTRACTORS
-from powersteer.core.pictures import to_pil
+from powersteer.core.pictures import as_bytes, to_pil
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, spread
 from powersteer.data.splits import held_out_folder
@@ -28,7 +28,6 @@ from powersteer.evaluation.figures import Evaluation, Figure, Value
 from powersteer.evaluation.information import denoiser_errors, measure_information
 from powersteer.evaluation.measures import (
     MeasureSettings,
-    as_bytes,
     distances,
     fidelity,
     load_condition_extractor,

@@ -15,11 +15,12 @@ from rich.progress import track
 from powersteer.adapters.attach import Adapter, channels_of, check_adapter, record_of
 from powersteer.adapters.load import load_network
 from powersteer.backbones.load import load_base
+from powersteer.conditions import condition_picture
 from powersteer.core.console import PlainConsole
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
 from powersteer.core.hardware import best_device
-from powersteer.core.pictures import condition_picture, from_pil, save_grid, to_pil
+from powersteer.core.pictures import as_bytes, as_floats, by_batch, from_pil, save_grid, to_pil
 from powersteer.data.conditioning import conditioning_of
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, condition_values, spread
@@ -32,9 +33,6 @@ from powersteer.evaluation.figures import PRIOR, REAL, SHUFFLED, STEERED, Evalua
 from powersteer.evaluation.information import denoiser_errors, measure_information
 from powersteer.evaluation.measures import (
     Pictures,
-    as_bytes,
-    as_floats,
-    by_batch,
     distances,
     fidelity,
     load_clip_of,
