@@ -21,6 +21,7 @@ from powersteer import BPSModel
 from powersteer.apps import cli
 from powersteer.evaluation.information import LogSnr
 from powersteer.training.config import TrainConfig
+from tiny_hub import hub  # noqa: F401  (a fixture)
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 

@@ -1,10 +1,10 @@
 """Pipelines as large in pictures as the real ones, and tiny in everything else."""
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from conftest import build_pipe
+from conftest import build_pipe, build_unet
 
 
 def tiny_unet(xl: bool = False, **change) -> UNet2DConditionModel:
@@ -59,3 +59,26 @@ def tiny_pipe(name: str):
         pipe = type(small)(**small.components | {"vae": vae, "unet": unet}, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def second_pipe():
+    """What tells Stable Diffusion 2.x from 1.x: OpenCLIP's activation, linear projections, and prediction of v.
+
+    Levels without attention lie where those of the real ones do: at the bottom.
+    """
+    pipe = build_pipe()
+    torch.manual_seed(2)
+    text = pipe.text_encoder.config.to_dict() | {"hidden_act": "gelu"}
+    parts = pipe.components | {
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**text)).eval(),
+        "unet": build_unet(
+            block_out_channels=(16, 32, 32),
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            use_linear_projection=True,
+        ),
+        "scheduler": DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction"),
+    }
+    second = type(pipe)(**parts, requires_safety_checker=False)
+    second.set_progress_bar_config(disable=True)
+    return second

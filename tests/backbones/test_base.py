@@ -72,7 +72,7 @@ def test_the_embedded_base_without_its_words_is_refused(tmp_path, capsys):
 
 
 FILES = {
-    "model_index.json": "give 'powersteer-tiny', a folder with a model_index.json, or a model of the Hub",
+    "model_index.json": "give 'powersteer-tiny', a folder with a model_index.json, a model of the Hub, or a .safe",
     "unet/config.json": "unet/config.json cannot be read: it does not exist",
     "vae/config.json": "vae/config.json cannot be read: it does not exist",
     "text_encoder/config.json": "text_encoder/config.json cannot be read: it does not exist",
@@ -372,12 +372,6 @@ def test_pickles_are_read_without_running_them(base, base_dir, file, capsys):
     refusal(base)
     printed = capsys.readouterr()
     assert "this ran" not in printed.out + printed.err
-
-
-def test_a_single_file_is_no_base_but_one_can_be_made_of_it(tmp_path):
-    save_file({"a": torch.ones(2)}, tmp_path / "sd.safetensors")
-    told = refusal(tmp_path / "sd.safetensors")
-    assert f"from_single_file('{tmp_path / 'sd.safetensors'}').save_pretrained('FOLDER')" in told
 
 
 def test_names_that_no_base_has(tmp_path):

@@ -1,14 +1,8 @@
-"""The Hub: a small one over real HTTP, on this machine; and the card that a run leaves."""
+"""The Hub, and the card that a run leaves."""
 
-import base64
-import hashlib
 import json
-import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 import yaml
@@ -26,96 +20,7 @@ from powersteer.core.card import MARK, model_card, write_card
 from powersteer.denoising.generate import GenerateSettings, generate, jobs_of
 from powersteer.training.config import TrainConfig
 from powersteer.training.run import train
-
-
-class TinyHub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks of a hub to make, fill and read a repository."""
-
-    repos: dict[str, dict[str, bytes]]
-    requests: list[str]
-
-    def answer(self, content: bytes | dict | list, status: int = 200, **headers: str) -> None:
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def read(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        self.requests.append(path)
-        if path == "/api/whoami-v2":
-            return self.answer({"name": "you", "type": "user"})
-        found = re.fullmatch(r"/api/models/(\w+/[\w-]+)(?:/(revision|tree)/\w+)?", path)
-        if found and found[1] in self.repos:
-            files = self.repos[found[1]]
-            if found[2] == "tree":
-                oid = "0" * 40
-                return self.answer([{"type": "file", "path": f, "size": len(c), "oid": oid} for f, c in files.items()])
-            return self.answer(
-                {"id": found[1], "sha": "1" * 40, "private": False, "siblings": [{"rfilename": f} for f in files]}
-            )
-        found = re.fullmatch(r"/(\w+/[\w-]+)/resolve/\w+/(.+)", path)
-        if found and found[2] in self.repos.get(found[1], {}):
-            content = self.repos[found[1]][found[2]]
-            return self.answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit="1" * 40)
-        code = "EntryNotFound" if found and found[1] in self.repos else "RepoNotFound"
-        return self.answer({"error": "not found"}, 404, X_Error_Code=code)
-
-    do_HEAD = do_GET
-
-    def do_POST(self):
-        body = self.read()
-        self.requests.append(self.path)
-        if "Bearer" not in self.headers.get("Authorization", ""):
-            return self.answer({"error": "who are you?"}, 401)
-        if self.path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked.get('organization', 'you')}/{asked['name']}"
-            if name.startswith("others/"):
-                return self.answer({"error": "not yours"}, 403)
-            self.repos.setdefault(name, {})
-            return self.answer({"url": f"https://huggingface.co/{name}", "name": name, "id": name})
-        if self.path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
-        repo = re.match(r"/api/models/(\w+/[\w-]+)/", self.path)[1]
-        if "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            return self.answer(
-                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-            )
-        for line in body.decode().splitlines():
-            entry = json.loads(line)
-            if entry["key"] == "file":
-                self.repos[repo][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-        return self.answer({"commitUrl": f"https://huggingface.co/{repo}/commit/{'1' * 40}", "commitOid": "1" * 40})
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    handler = type("Handler", (TinyHub,), {"repos": {}, "requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    use_endpoint(monkeypatch, tmp_path, f"http://127.0.0.1:{server.server_port}")
-    yield handler
-    server.shutdown()
-    server.server_close()
-
-
-def use_endpoint(monkeypatch, tmp_path, address):
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+from tiny_hub import files_of, use_endpoint
 
 
 @pytest.fixture
@@ -191,10 +96,6 @@ def test_an_adapter_of_a_newer_version_is_refused(hub, adapter):
     hub.repos["you/tiny"]["config.json"] = json.dumps(config).encode()
     with pytest.raises(PowersteerError, match=r"newer powersteer, with the setting 'feathers'.*pip install --upgrade"):
         load_adapter("you/tiny")
-
-
-def files_of(folder):
-    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 def test_a_base_of_the_hub_is_fetched_without_what_is_not_loaded(hub, base_dir):

@@ -1,8 +1,10 @@
-"""The frozen base, and trained networks: by an embedded name, a folder, or a name on the Hub."""
+"""The frozen base: by an embedded name, a folder, a name on the Hub, or one file."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from powersteer.backbones.embedded import EMBEDDED_BASE
 from powersteer.backbones.parts import (
     INDEX,
     SCHEDULER_CONFIG,
+    check_fit,
     check_tokenizer,
     load_model,
     load_parts,
@@ -23,6 +26,7 @@ from powersteer.backbones.parts import (
     read_index,
     stems,
 )
+from powersteer.backbones.single_file import SUFFIXES, SingleFile, check_configuration, load_networks, look_at
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import embedded, is_file, is_folder, reason_of
 from powersteer.core.hub import CONFIG, WEIGHTS, fetch, fetch_weights
@@ -30,28 +34,59 @@ from powersteer.core.records import check_config
 from powersteer.core.text import read_object
 from powersteer.core.weights import check_sizes, filled, read_tensors, shown
 
+_WANTED = f"give '{EMBEDDED_BASE}', a folder with a {INDEX}, a model of the Hub, or a .safetensors file"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a base lies."""
+
+    folder: Path
+    """Holds the configurations, tokenizers and scheduler; the weights, too, where there is no ``file``."""
+    kinds: dict[str, type]
+    """Classes of its parts; see `powersteer.backbones.parts.read_index`."""
+    file: SingleFile | None = None
+    """The one file with all weights."""
+
 
 def source_of(name_or_path: str) -> str:
-    """Where a base lies: the embedded folder, a folder, or a name on the Hub."""
+    """Where a base lies: the embedded folder, a folder, a file, or a name on the Hub."""
     path = embedded(name_or_path) if name_or_path == EMBEDDED_BASE else Path(name_or_path)
     return str(path) if is_folder(path) or is_file(path) else name_or_path
 
 
-def load_base(name_or_path: str = EMBEDDED_BASE, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+def load_base(
+    name_or_path: str = EMBEDDED_BASE,
+    dtype: torch.dtype = torch.float32,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    config: str | None = None,
+) -> StableDiffusionPipeline:
     """A frozen text-to-image pipeline in evaluation mode.
 
     Args:
-        name_or_path: ``powersteer-tiny``, a folder in diffusers' layout, or a model of the Hub: Stable Diffusion 1.x,
-            2.x or XL, its inpainting, or InstructPix2Pix.
+        name_or_path: ``powersteer-tiny``, a folder in diffusers' layout, a model of the Hub, or one ``.safetensors``
+            file with all weights in LDM's names: Stable Diffusion 1.x, 2.x or XL, its inpainting, or InstructPix2Pix.
         dtype: Precision of the weights.
+        variant: Weights that are taken before the plain ones, where a network has some: ``fp16``.
+        revision: Branch, tag or commit of a model of the Hub.
+        config: For one file: the folder in diffusers' layout, or the model of the Hub, that has its configuration,
+            tokenizer and scheduler. By default the Hub's model of the family that the tensors tell. The pipeline has
+            no safety checker then.
 
     Raises:
         PowersteerError: There is no such base, or a part of it is missing, incomplete, damaged or of another base.
     """
     try:
-        folder, kinds = _folder_of_base(name_or_path, weights=True)
-        parts = load_parts(folder, kinds, dtype)
-        pipe = _assembled(folder, parts)
+        found = find_base(name_or_path, variant=variant, revision=revision, config=config)
+        if found.file is None:
+            parts = load_parts(found.folder, found.kinds, dtype, variant)
+        else:
+            kept = {name: kind for name, kind in found.kinds.items() if name.startswith(("tokenizer", "scheduler"))}
+            parts = load_parts(found.folder, kept, dtype) | load_networks(found.file, found.folder, found.kinds, dtype)
+        check_fit(parts, found.folder)
+        pipe = _assembled(found, parts)
     except PowersteerError as error:
         raise PowersteerError(f"cannot load the base '{name_or_path}': {error}") from None
     for part in parts.values():
@@ -61,20 +96,26 @@ def load_base(name_or_path: str = EMBEDDED_BASE, dtype: torch.dtype = torch.floa
     return pipe
 
 
-def base_configs(name_or_path: str) -> dict[str, dict[str, Any]]:
+def base_configs(
+    name_or_path: str, *, revision: str | None = None, config: str | None = None
+) -> dict[str, dict[str, Any]]:
     """What a base's networks and scheduler say of themselves, by part; weights are neither read nor fetched.
 
     Args:
         name_or_path: See `load_base`.
+        revision: See `load_base`.
+        config: See `load_base`.
 
     Raises:
         PowersteerError: There is no such base, or a configuration is missing, or no such network's.
     """
     try:
-        folder, kinds = _folder_of_base(name_or_path, weights=False)
-        networks = [part for part, kind in kinds.items() if issubclass(kind, torch.nn.Module)]
-        files = {part: folder / part / CONFIG for part in networks}
-        files["scheduler"] = folder / "scheduler" / SCHEDULER_CONFIG
+        found = find_base(name_or_path, revision=revision, config=config, weights=False)
+        networks = [part for part, kind in found.kinds.items() if issubclass(kind, torch.nn.Module)]
+        if found.file is not None:
+            networks = [part for part in networks if part in found.file.prefixes()]
+        files = {part: found.folder / part / CONFIG for part in networks}
+        files["scheduler"] = found.folder / "scheduler" / SCHEDULER_CONFIG
         configs = {part: read_object(file) for part, file in files.items()}
         for part in networks:
             check_sizes(configs[part], str(files[part]))
@@ -83,32 +124,87 @@ def base_configs(name_or_path: str) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def _folder_of_base(name: str, *, weights: bool) -> tuple[Path, dict[str, type]]:
-    """Where a base lies, of the Hub once fetched, and its parts: a look at what it is comes before its weights."""
-    folder = Path(source_of(name))
-    if is_file(folder):
-        raise PowersteerError(
-            "it is one file, not a folder: make one of it, once, with diffusers' "
-            f"StableDiffusionPipeline.from_single_file('{folder}').save_pretrained('FOLDER') "
-            "(StableDiffusionXLPipeline for XL)"
-        )
-    remote = not is_folder(folder)
-    if remote:
-        folder = fetch(name, INDEX)
+def find_base(
+    name: str,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    config: str | None = None,
+    weights: bool = True,
+) -> Found:
+    """Where a base lies, of the Hub once fetched; a look at what it is comes before its weights.
+
+    Args:
+        name: See `load_base`.
+        variant: See `load_base`.
+        revision: See `load_base`.
+        config: See `load_base`.
+        weights: Fetch them, too.
+
+    Raises:
+        PowersteerError: There is no such base, or an argument is not for it.
+    """
+    path = Path(source_of(name))
+    if is_file(path):
+        if variant is not None or revision is not None:
+            raise PowersteerError("`variant` and `revision` are for folders and models of the Hub: it is one file")
+        return _find_config(look_at(path), config)
+    if config is not None:
+        raise PowersteerError("`config` is for a base in one file: leave it out")
+    if variant is not None and not re.fullmatch(r"\w[\w-]*", variant):
+        raise PowersteerError(f"`variant` is a part of the files' names, such as fp16, not '{shown(variant)}'")
+    if is_folder(path):
+        if revision is not None:
+            raise PowersteerError("`revision` is for a model of the Hub: it is a folder here")
+        if not is_file(path / INDEX):
+            raise PowersteerError(_WANTED)
+        return Found(path, read_index(path / INDEX))
+    if path.suffix in SUFFIXES:
+        raise PowersteerError("there is no such file")
+    return _fetched(name, variant, revision, weights=weights)
+
+
+def _fetched(name: str, variant: str | None, revision: str | None, *, weights: bool) -> Found:
+    """A base of the Hub: its parts alone, each with one set of weights."""
+    folder = fetch(name, INDEX, revision=revision)
     if not is_file(folder / INDEX):
-        raise PowersteerError(f"give '{EMBEDDED_BASE}', a folder with a {INDEX}, or a model of the Hub")
+        raise PowersteerError(_WANTED)
     kinds = read_index(folder / INDEX)
-    if remote:  # its parts alone, each with one set of weights
-        networks = {part: stems(kind) for part, kind in kinds.items() if issubclass(kind, torch.nn.Module)}
-        others = [f"{part}/*{suffix}" for part in kinds for suffix in (".json", ".txt", ".model")]
-        folder = fetch_weights(name, networks, INDEX, *others) if weights else fetch(name, INDEX, *others)
-    return folder, kinds
+    networks = {part: stems(kind) for part, kind in kinds.items() if issubclass(kind, torch.nn.Module)}
+    others = [f"{part}/*{suffix}" for part in kinds for suffix in (".json", ".txt", ".model")]
+    if weights:
+        folder = fetch_weights(name, networks, INDEX, *others, variant=variant, revision=revision)
+    else:
+        folder = fetch(name, INDEX, *others, revision=revision)
+    return Found(folder, kinds)
 
 
-def _assembled(folder: Path, parts: Mapping[str, Any]) -> Any:
+def _find_config(file: SingleFile, config: str | None) -> Found:
+    """The configuration of a base in one file; one that is not given is the Hub's of its family."""
+    name = config or file.family.configs.get(file.channels)
+    if name is None:
+        raise PowersteerError(
+            f"the file is {file.title}, and its tensors do not tell whether it predicts ε or v: give `config`, a "
+            "folder in diffusers' layout or a model of the Hub, whose scheduler tells"
+        )
+    try:
+        if is_file(Path(name)):
+            raise PowersteerError("it is a file, not a folder in diffusers' layout")
+        found = find_base(name, weights=False)
+        check_configuration(file, found.folder, found.kinds)
+    except PowersteerError as error:
+        hint = "" if config else ": give `config`, a folder in diffusers' layout or a model of the Hub of this family"
+        raise PowersteerError(
+            f"the file is {file.title}; its configuration '{name}' does not serve ({error}){hint}"
+        ) from None
+    return Found(found.folder, found.kinds, file)
+
+
+def _assembled(found: Found, parts: Mapping[str, Any]) -> Any:
+    absent = dict.fromkeys(found.kinds.keys() - parts.keys())
     try:
         with quiet():
-            return DiffusionPipeline.from_pretrained(str(folder), **parts)
+            return DiffusionPipeline.from_pretrained(str(found.folder), **parts, **absent)
     except Exception as error:  # the pipeline's own checks of its parts and options
         raise PowersteerError(f"its parts make no pipeline ({reason_of(error)})") from None
 

@@ -83,18 +83,40 @@ def read_index(file: Path) -> dict[str, type]:
     return parts
 
 
-def load_parts(folder: Path, parts: Mapping[str, type], dtype: torch.dtype) -> dict[str, Any]:
-    """A base's parts, which fit one another.
+def load_parts(
+    folder: Path, parts: Mapping[str, type], dtype: torch.dtype, variant: str | None = None
+) -> dict[str, Any]:
+    """A base's parts, from its folder.
 
     Args:
         folder: The base's.
         parts: See `read_index`.
         dtype: Precision of the weights.
+        variant: Weights that are taken before the plain ones, where a network has some: ``fp16``.
 
     Raises:
-        PowersteerError: A part is missing, incomplete or damaged, or made for another base.
+        PowersteerError: A part is missing, incomplete or damaged, or no network has weights of the variant.
     """
-    loaded = {name: load_part(folder / name, kind, dtype) for name, kind in parts.items()}
+    if variant is not None:
+        networks = {name: stems(kind)[0] for name, kind in parts.items() if issubclass(kind, nn.Module)}
+        if not any(any((folder / name).glob(f"{stem}*.{variant}[.-]*")) for name, stem in networks.items()):
+            raise PowersteerError(
+                f"none of its parts has weights of the variant '{variant}' (files named *.{variant}.safetensors): give "
+                "another variant, or none"
+            )
+    return {name: load_part(folder / name, kind, dtype, variant) for name, kind in parts.items()}
+
+
+def check_fit(loaded: Mapping[str, Any], folder: Path) -> None:
+    """Refuse parts that do not fit one another.
+
+    Args:
+        loaded: The parts, by name.
+        folder: Holds their configurations and the tokenizers, for messages.
+
+    Raises:
+        PowersteerError: A part was made for another base.
+    """
     unet, vae, width = loaded["unet"].config, loaded["vae"].config, 0
     for text, words in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         if text in loaded:
@@ -114,15 +136,14 @@ def load_parts(folder: Path, parts: Mapping[str, type], dtype: torch.dtype) -> d
         raise PowersteerError(
             f"the VAE's latents have {latent} channels, the U-Net reads {unet['in_channels']}: one is another base's"
         )
-    return loaded
 
 
-def load_part(folder: Path, kind: type, dtype: torch.dtype = torch.float32) -> Any:
+def load_part(folder: Path, kind: type, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Any:
     """One part, from its folder; see `load_parts`."""
     if not is_folder(folder):
         raise PowersteerError(f"the folder {folder} is missing")
     if issubclass(kind, (ModelMixin, PreTrainedModel)):
-        return load_model(folder, kind, dtype)
+        return load_model(folder, kind, dtype, variant)
     if issubclass(kind, PreTrainedTokenizerBase):
         return load_tokenizer(folder, kind)
     if issubclass(kind, SchedulerMixin):
@@ -130,23 +151,24 @@ def load_part(folder: Path, kind: type, dtype: torch.dtype = torch.float32) -> A
     return from_folder(folder, kind)  # what prepares pictures
 
 
-def load_model(folder: Path, kind: Any, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(folder: Path, kind: Any, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Any:
     """A network of diffusers or transformers, with all of its weights, and no others that matter.
 
     Args:
         folder: Holds config.json and the weights.
         kind: Its class; of transformers, an ``AutoModel…``, too.
         dtype: Precision of the weights.
+        variant: See `load_parts`.
 
     Raises:
         PowersteerError: Something is missing, damaged, of another shape or not finite.
     """
     config, of_diffusers = read_object(folder / CONFIG), issubclass(kind, ModelMixin)
     check_sizes(config, str(folder / CONFIG))
-    weights = find_weights(folder, *stems(kind))
+    weights = find_weights(folder, *stems(kind), variant)
     options: dict[str, Any] = {"variant": weights.variant, "use_safetensors": weights.safe}
     if of_diffusers:
-        _check_settings(folder, config, kind)
+        check_settings(folder, config, kind)
         options["torch_dtype"] = dtype
     else:
         _check_room(folder, kind, weights.bytes)
@@ -154,7 +176,7 @@ def load_model(folder: Path, kind: Any, dtype: torch.dtype = torch.float32) -> A
     network, found = from_folder(folder, kind, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     where = str(weights.files[0] if len(weights.files) == 1 else folder)
     if not of_diffusers:
-        found = found | {"unexpected_keys": _that_matter(network, found["unexpected_keys"])}
+        found = found | {"unexpected_keys": that_matter(network, found["unexpected_keys"])}
     check_found(found, where)
     check_whole(network, where)
     return network
@@ -287,7 +309,7 @@ def quiet() -> Generator[None]:
                     library.enable_progress_bar()
 
 
-def _check_settings(folder: Path, config: Mapping[str, Any], kind: Any) -> None:
+def check_settings(folder: Path, config: Mapping[str, Any], kind: Any) -> None:
     """Refuse another class's configuration; say what diffusers would leave out of it."""
     named = config.get("_class_name", kind.__name__)
     if named != kind.__name__:
@@ -321,7 +343,7 @@ def _check_room(folder: Path, kind: Any, size: int) -> None:
         raise PowersteerError(f"{folder / CONFIG} asks for {asked} weights, the files hold {size} bytes")
 
 
-def _that_matter(network: nn.Module, unexpected: Any) -> list[str]:
+def that_matter(network: nn.Module, unexpected: Any) -> list[str]:
     """Weights in the network's own rooms: a CLIP's file may hold its other tower."""
     rooms = {name.split(".")[0] for name in network.state_dict()}
     inner = {name: name.removeprefix("text_model.") for name in unexpected if not name.endswith("position_ids")}

@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     HTTPError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from powersteer.core.errors import PowersteerError
@@ -24,35 +25,50 @@ CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model*.safetensors*"
 
 
-def fetch(repo_id: str, *patterns: str) -> Path:
+def fetch(repo_id: str, *patterns: str, revision: str | None = None) -> Path:
     """The folder with a repository's files of these names; without a network, as they were fetched before.
+
+    Args:
+        repo_id: ``user/name``.
+        *patterns: Names of files, with ``*``.
+        revision: Branch, tag or commit; the main branch by default.
 
     Raises:
         PowersteerError: There is no such repository, or it cannot be reached and was not fetched before.
     """
     with told_plainly(repo_id, "fetch"):
-        return Path(snapshot_download(repo_id, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repo_id, allow_patterns=list(patterns), revision=revision))
 
 
-def fetch_weights(repo_id: str, stems: Mapping[str, tuple[str, str]], *patterns: str) -> Path:
+def fetch_weights(
+    repo_id: str,
+    stems: Mapping[str, tuple[str, str]],
+    *patterns: str,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> Path:
     """`fetch`, and the weights of networks in one form: safetensors or else pickles, plain or else of half precision.
 
     Args:
         repo_id: ``user/name``.
         stems: Folder in the repository, or "" → how its weights are named, as safetensors and as pickles.
-        *patterns: Of the other files.
+        *patterns: Names of the other files.
+        variant: Weights that are taken before the others, where there are some: ``fp16``.
+        revision: See `fetch`.
 
     Raises:
         PowersteerError: See `fetch`. Weights that there are not are left to whoever loads them.
     """
     waiting, folder = dict(stems), Path()
-    for variant in ("", f".{HALF}"):
+    for wanted in dict.fromkeys((variant, None, HALF)):
+        dotted = f".{wanted}" if wanted else ""
         for form, suffix in enumerate((".safetensors", ".bin")):
             names = {
-                part: [f"{part and f'{part}/'}{stem[form]}{variant}{end}{suffix}" for end in ("", "-*-of-*")]
+                part: [f"{part and f'{part}/'}{stem[form]}{dotted}{end}{suffix}" for end in ("", "-*-of-*")]
                 for part, stem in waiting.items()
             }
-            folder = fetch(repo_id, *patterns, *(name for pair in names.values() for name in pair))
+            weights = [name for pair in names.values() for name in pair]
+            folder = fetch(repo_id, *patterns, *weights, revision=revision)
             waiting = {p: s for p, s in waiting.items() if not any(any(folder.glob(name)) for name in names[p])}
             if not waiting:
                 return folder
@@ -75,6 +91,10 @@ def told_plainly(repo_id: str, task: str) -> Generator[None]:
         hint = "or log in with `hf auth login` if it is private"
         raise PowersteerError(
             f"{cannot}: the Hub has no such model, nor is it a folder here; check it, {hint}"
+        ) from None
+    except RevisionNotFoundError:
+        raise PowersteerError(
+            f"{cannot}: the Hub has the model, but not this revision of it; check `revision`"
         ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code

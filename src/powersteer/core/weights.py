@@ -20,7 +20,7 @@ from powersteer.core.text import read_object
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 HALF = "fp16"
-"""Suffix of the one variant of weights that is looked for, where the plain ones are not there."""
+"""The variant of weights that is taken where the plain ones are not there."""
 MOST = 2**24
 """The largest size in the config of a network."""
 MOST_LAYERS = 64
@@ -41,7 +41,7 @@ class WeightFiles:
     files: tuple[Path, ...]
     """The one file, or the shards."""
     variant: str | None
-    """Which variant of the weights: None for the plain ones, or `HALF`."""
+    """Which variant of the weights, such as `HALF`; None for the plain ones."""
     safe: bool
     """Whether they are safetensors; else pickles."""
 
@@ -51,30 +51,32 @@ class WeightFiles:
         return sum(file.stat().st_size for file in self.files)
 
 
-def find_weights(folder: Path, stem: str, pickled: str | None = None) -> WeightFiles:
+def find_weights(folder: Path, stem: str, pickled: str | None = None, variant: str | None = None) -> WeightFiles:
     """A network's weights, as diffusers and transformers name them; plain ones before those of half precision.
 
     Args:
         folder: The network's.
         stem: Of safetensors files: ``diffusion_pytorch_model``, or ``model``.
         pickled: Of pickles, if those are taken, too.
+        variant: Taken before the others, where the folder has it.
 
     Raises:
         PowersteerError: There are none, or a shard is missing, cut short or no file of weights.
     """
-    for variant in ("", f".{HALF}"):
+    for wanted in dict.fromkeys((variant, None, HALF)):
+        dotted = f".{wanted}" if wanted else ""
         for name, suffix in ((stem, ".safetensors"), (pickled, ".bin")):
             if name is None:
                 continue
-            index, single = folder / f"{name}{suffix}.index{variant}.json", folder / f"{name}{variant}{suffix}"
+            index, single = folder / f"{name}{suffix}.index{dotted}.json", folder / f"{name}{dotted}{suffix}"
             if not is_file(index) and not is_file(single):
                 continue
             files = _shards(index) if is_file(index) else (single,)
             for file in files:
-                for tensor, kind in _kinds_in(file).items():
+                for tensor, kind in kinds_in(file).items():
                     if not kind.startswith(("F", "BF")) and not tensor.endswith(_COUNTS):
                         raise PowersteerError(f"{file}: {shown(tensor)} holds {kind}, no weights: {_AGAIN}")
-            return WeightFiles(files, HALF if variant else None, suffix == ".safetensors")
+            return WeightFiles(files, wanted, suffix == ".safetensors")
     raise PowersteerError(f"{folder} lacks {stem}.safetensors")
 
 
@@ -88,8 +90,12 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in sorted(set(names.values())))
 
 
-def _kinds_in(file: Path) -> dict[str, str]:
-    """Names and kinds of the tensors of a safetensors file; refuse one that is not there, or not all there."""
+def kinds_in(file: Path) -> dict[str, str]:
+    """Names and kinds (``F16``) of the tensors of a safetensors file.
+
+    Raises:
+        PowersteerError: It is not there, or not all there.
+    """
     if not is_file(file):
         raise PowersteerError(f"{file.parent} lacks {file.name}")
     try:
@@ -112,7 +118,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     Raises:
         PowersteerError: It cannot be read.
     """
-    _kinds_in(file)
+    kinds_in(file)
     try:
         return load_file(file)
     except Exception as error:  # of the operating system, or safetensors' own

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from powersteer.backbones.load import source_of
-from powersteer.backbones.parts import INDEX, load_tokenizer, read_index
+from powersteer.backbones.load import find_base
+from powersteer.backbones.parts import CONFIG, load_tokenizer
 from powersteer.core.errors import PowersteerError
-from powersteer.core.files import is_folder
-from powersteer.core.hub import CONFIG, fetch
 from powersteer.core.text import read_object
 
 
@@ -32,13 +29,11 @@ def limits_of(base: str) -> Limits:
     Raises:
         PowersteerError: There is no such base, or what is read of it is missing or damaged.
     """
-    folder = Path(source_of(base))
     try:
-        if not is_folder(folder):
-            folder = fetch(base, INDEX, f"unet/{CONFIG}", f"vae/{CONFIG}", "tokenizer*/*.json", "tokenizer*/*.txt")
-        parts = read_index(folder / INDEX)
-        tokenizers = [load_tokenizer(folder / name, parts[name]) for name in parts if name.startswith("tokenizer")]
-        unet, vae = (read_object(folder / part / CONFIG) for part in ("unet", "vae"))
+        found = find_base(base, weights=False)
+        named = {name: kind for name, kind in found.kinds.items() if name.startswith("tokenizer")}
+        tokenizers = [load_tokenizer(found.folder / name, kind) for name, kind in named.items()]
+        unet, vae = (read_object(found.folder / part / CONFIG) for part in ("unet", "vae"))
         latent, levels = unet.get("sample_size"), vae.get("block_out_channels")
         if not isinstance(latent, int) or not isinstance(levels, list) or not levels:
             raise PowersteerError("its configurations do not say how large its pictures are")
