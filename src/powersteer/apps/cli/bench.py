@@ -10,7 +10,9 @@ from rich.table import Table
 
 from powersteer.apps.cli.help import Commands
 from powersteer.apps.cli.lines import Lines, shown, shown_time
+from powersteer.apps.cli.options import Given, with_fields
 from powersteer.apps.cli.output import err, out, show, show_json, write_json
+from powersteer.core.config import StrictConfig
 from powersteer.core.errors import PowersteerError
 
 if TYPE_CHECKING:
@@ -23,49 +25,46 @@ app = typer.Typer(
 )
 
 
-_Shape = Annotated[str, typer.Option(help="tiny (64 px), sd15 (512 px) or sdxl (1024 px).")]
-_Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
-_Frozen = Annotated[str, typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16 or float16.")]
-_Rounds = Annotated[int, typer.Option(min=1, help="Turns that are counted.")]
-_Only = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="A row to measure beside the first, as ControlNet or bps-paper; may be repeated; all by default."
-    ),
-]
+class Subject(StrictConfig):
+    """What is measured where, in the benches of networks."""
+
+    shape: str = "sd15"
+    """Shape of the networks: tiny (64 px), sd15 (512 px) or sdxl (1024 px)."""
+    device: str = "cpu"
+    """Device to measure on, such as cpu or cuda."""
+    dtype: str = "float32"
+    """Precision of the frozen weights: float32, bfloat16 or float16."""
+    only: tuple[str, ...] = ()
+    """Row to measure beside the first, such as ControlNet or bps-paper. Repeatable. All by default."""
+
+
+_Rounds = Annotated[int, typer.Option(min=1, help="Number of measured turns.")]
 _Compile = Annotated[
-    bool, typer.Option("--compile", help="torch.compile the U-Net before it is steered, and the networks beside it.")
+    bool, typer.Option("--compile", help="Compile the U-Net and the adapters with torch.compile first.")
 ]
-_JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")]
-_JsonRows = Annotated[
-    Path | None, typer.Option("--json", help="Write the figures here too, anew whenever a row is done.")
-]
+_JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")]
+_JsonRows = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too, after every row.")]
 
 
 @app.command("steering")
+@with_fields
 def bench_steering(
-    shape: _Shape = "sd15",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures; guidance makes the U-Net's batch twice that.")] = 1,
-    device: _Device = "cpu",
-    dtype: _Frozen = "float32",
+    subject: Given[Subject],
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Number of pictures at once; guidance doubles the U-Net's batch.")
+    ] = 1,
     compiled: _Compile = False,
-    only: _Only = None,
     rounds: _Rounds = 5,
     json_file: _JsonRows = None,
 ) -> None:
-    """What a denoising step costs under steering, as a ratio to a bare U-Net's, on random weights."""
+    """Time a steered denoising step against a bare U-Net's, on random weights."""
     from powersteer.apps.bench.steering import WAYS, SteeringBench
     from powersteer.apps.bench.steering import bench_steering as run
     from powersteer.apps.bench.turns import chosen
 
-    settings: dict[str, Any] = {
-        "shape": _shape(shape),
-        "device": _device(device),
-        "dtype": _dtype(dtype),
-        "rounds": rounds,
-    }
-    names = chosen(list(WAYS), only or ())
-    headings = ["ratio", "time", "parameters", "extra memory", "plan", *["waits"] * _is_cuda(device)]
+    settings = _settings(subject.build(), rounds)
+    names = chosen(list(WAYS), settings["only"])
+    headings = ["ratio", "time", "parameters", "extra memory", "plan", *["waits"] * _is_cuda(settings["device"])]
     lines = Lines(f"a step, guidance batch of {2 * batch_size}", names, *headings)
 
     def on_row(result: SteeringBench) -> None:
@@ -81,36 +80,32 @@ def bench_steering(
         )
         write_json(json_file, result.as_json())
 
-    result = run(batch_size=batch_size, compiled=compiled, only=only or (), on_row=on_row, **settings)
+    result = run(batch_size=batch_size, compiled=compiled, on_row=on_row, **settings)
     show(f"{result.shape}, {result.pixels} px, {result.dtype}, median of {result.rounds}; {result.machine}")
 
 
 @app.command("train")
+@with_fields
 def bench_train(
-    shape: _Shape = "sd15",
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 1,
-    device: _Device = "cpu",
-    dtype: _Frozen = "float32",
+    subject: Given[Subject],
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of samples per step.")] = 1,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="In U-Net and network.")
+        bool,
+        typer.Option(
+            "--gradient-checkpointing", help="Compute activations again in U-Net and adapter, to save memory."
+        ),
     ] = False,
-    only: _Only = None,
     rounds: _Rounds = 3,
     json_file: _JsonRows = None,
 ) -> None:
-    """What a training step costs beside ControlNet's and T2I-Adapter's, on random weights; and what the cache saves."""
+    """Time a training step beside ControlNet's and T2I-Adapter's, on random weights, and an epoch with the cache."""
     from powersteer.apps.bench.train import METHODS, TrainBench
     from powersteer.apps.bench.train import bench_train as run
     from powersteer.apps.bench.turns import chosen
 
-    settings: dict[str, Any] = {
-        "shape": _shape(shape),
-        "device": _device(device),
-        "precision": _dtype(dtype),
-        "rounds": rounds,
-    }
+    settings = _settings(subject.build(), rounds, precision="precision")
     names, headings = (
-        chosen(METHODS, only or ()),
+        chosen(METHODS, settings["only"]),
         ("ratio", "time", "pictures/s", "trained", "peak memory", "estimated"),
     )
     lines = Lines(f"training step, batch {batch_size}", names, *headings)
@@ -128,7 +123,7 @@ def bench_train(
         )
         write_json(json_file, result.as_json())
 
-    settings |= {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing, "only": only or ()}
+    settings |= {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
     result = run(on_row=on_row, **settings)
     show(f"{result.shape}, {result.pixels} px, {result.precision}, median of {result.rounds}; {result.machine}")
     for epochs in result.epochs:
@@ -140,32 +135,26 @@ def bench_train(
 
 
 @app.command("generate")
+@with_fields
 def bench_generate(
-    shape: _Shape = "sd15",
+    subject: Given[Subject],
     batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Pictures made at once; may be repeated.", show_default="1 and 8")
+        list[int] | None,
+        typer.Option(min=1, help="Number of pictures to make at once. Repeatable.", show_default="1 and 8"),
     ] = None,
-    num_inference_steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 30,
-    device: _Device = "cpu",
-    dtype: _Frozen = "float32",
+    num_inference_steps: Annotated[int, typer.Option(min=1, max=1000, help="Number of denoising steps.")] = 30,
     compiled: _Compile = False,
-    only: _Only = None,
     rounds: _Rounds = 3,
     json_file: _JsonRows = None,
 ) -> None:
-    """How many pictures a second whole pipelines make, steered and bare, on random weights."""
+    """Count the pictures per second of whole pipelines, steered and bare, on random weights."""
     from powersteer.apps.bench.generate import WAYS, GenerateBench
     from powersteer.apps.bench.generate import bench_generate as run
     from powersteer.apps.bench.turns import chosen
 
-    settings: dict[str, Any] = {
-        "shape": _shape(shape),
-        "device": _device(device),
-        "dtype": _dtype(dtype),
-        "rounds": rounds,
-    }
-    names = chosen(list(WAYS), only or ())
-    headings = ["batch", "ratio", "time", "pictures/s", *["peak memory"] * _is_cuda(device)]
+    settings = _settings(subject.build(), rounds)
+    names = chosen(list(WAYS), settings["only"])
+    headings = ["batch", "ratio", "time", "pictures/s", *["peak memory"] * _is_cuda(settings["device"])]
     lines = Lines(f"{num_inference_steps} step{'s' * (num_inference_steps > 1)} and decoding", names, *headings)
 
     def on_row(result: GenerateBench) -> None:
@@ -180,19 +169,19 @@ def bench_generate(
         )
         write_json(json_file, result.as_json())
 
-    settings |= {"num_inference_steps": num_inference_steps, "compiled": compiled, "only": only or ()}
+    settings |= {"num_inference_steps": num_inference_steps, "compiled": compiled}
     result = run(batch_sizes=batch_size or (1, 8), on_row=on_row, **settings)
     show(f"{result.shape}, {result.pixels} px, {result.dtype}, median of {result.rounds}; {result.machine}")
 
 
 @app.command("prepare")
 def bench_prepare(
-    task: Annotated[str | None, typer.Option(help="Of this task only.")] = None,
-    pictures: Annotated[int, typer.Option(min=8, help="So many for each extractor.")] = 64,
-    side: Annotated[int, typer.Option(min=16, help="Of each picture, pixels.")] = 512,
+    task: Annotated[str | None, typer.Option(help="Measure the extractors of this task only.")] = None,
+    pictures: Annotated[int, typer.Option(min=8, help="Number of pictures per extractor.")] = 64,
+    side: Annotated[int, typer.Option(min=16, help="Side of each picture, in pixels.")] = 512,
     json_file: _JsonFile = None,
 ) -> None:
-    """How many pictures a second each extractor makes pairs of, with one process and with two."""
+    """Count the pairs per second that each extractor makes, with one process and with two."""
     from powersteer.apps.bench.prepare import bench_prepare as run
 
     result = run(task, pictures=pictures, side=side)
@@ -208,25 +197,28 @@ def bench_prepare(
 @app.command("posterior")
 def bench_posterior(
     out_dir: Annotated[
-        Path, typer.Option("--out", help="Prior, runs, figures and plot; the same command goes on where it stopped.")
+        Path, typer.Option("--out", help="Folder for prior, runs, figures and plot. The same command resumes.")
     ] = Path("posterior"),
-    observation: Annotated[str, typer.Option(help="blur, mask or edges.")] = "edges",
+    observation: Annotated[str, typer.Option(help="What is observed: blur, mask or edges.")] = "edges",
     pairs: Annotated[
-        list[int] | None, typer.Option(help="Training pairs; may be repeated.", show_default="40 to 20,000")
+        list[int] | None, typer.Option(help="Number of training pairs. Repeatable.", show_default="40 to 20,000")
     ] = None,
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            help="paper, uniform, lite, controlnet, controlnet-no-latents, controlnet-xs, t2i-adapter; repeatable.",
+            help="Method: paper, uniform, lite, controlnet, controlnet-no-latents, controlnet-xs or t2i-adapter. "
+            "Repeatable.",
             show_default="most",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from other pairs.")] = 1,
-    updates: Annotated[int, typer.Option(min=1, help="Of training a run, at most.")] = 1000,
-    prior_updates: Annotated[int, typer.Option(min=1, help="Of training the prior, if --out holds none yet.")] = 2500,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs of each method, from other pairs.")] = 1,
+    updates: Annotated[int, typer.Option(min=1, help="Maximum number of updates per run.")] = 1000,
+    prior_updates: Annotated[
+        int, typer.Option(min=1, help="Number of updates to train the prior, if --out holds none yet.")
+    ] = 2500,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """How near adapters come to the exact posterior of a Gaussian field, against the pairs they learned from."""
+    """Measure how near adapters come to the exact posterior of a Gaussian field, by number of training pairs."""
     from powersteer.apps.bench.posterior.bench import METHODS, PAIRS
     from powersteer.apps.bench.posterior.bench import bench_posterior as run
 
@@ -254,6 +246,17 @@ def bench_posterior(
     out.print("0 % is the exact prior, 100 % the exact posterior; columns are bands of timesteps")
     for kind in ("json", "png"):
         show(str(out_dir / f"{observation}.{kind}"))
+
+
+def _settings(subject: Subject, rounds: int, *, precision: str = "dtype") -> dict[str, Any]:
+    """Arguments of a bench, which calls its precision ``precision``."""
+    return {
+        "shape": _shape(subject.shape),
+        "device": _device(subject.device),
+        precision: _dtype(subject.dtype),
+        "only": subject.only,
+        "rounds": rounds,
+    }
 
 
 def _shape(shape: str) -> Shape:
@@ -288,11 +291,11 @@ def _is_cuda(device: str) -> bool:
 
 @app.command("studio")
 def bench_studio(
-    strokes: Annotated[int, typer.Option(min=1, help="That are counted.")] = 12,
-    chromium: Annotated[Path, typer.Option(help="The browser.")] = Path("/usr/bin/chromium"),
+    strokes: Annotated[int, typer.Option(min=1, help="Number of measured strokes.")] = 12,
+    chromium: Annotated[Path, typer.Option(help="Path of the browser.")] = Path("/usr/bin/chromium"),
     json_file: _JsonFile = None,
 ) -> None:
-    """Seconds from the end of a stroke to its picture, drawn in a headless Chromium."""
+    """Time from the end of a stroke to its picture, drawn in a headless Chromium."""
     from powersteer.apps.bench.studio import bench_studio as run
 
     result = run(strokes, chromium)

@@ -11,10 +11,12 @@ from powersteer.apps.cli.output import show
 
 
 def card(
-    folder: Annotated[Path, typer.Argument(help="What `train` wrote.", show_default=False)],
-    name: Annotated[str | None, typer.Option(help="As others will load it: user/name.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder that `train` wrote.", show_default=False)],
+    name: Annotated[
+        str | None, typer.Option(help="Name on the Hub that the card tells readers to load: user/name.")
+    ] = None,
 ) -> None:
-    """Write an adapter's model card anew; `train` does so at its end."""
+    """Write an adapter's model card again, as `train` does at its end."""
     from powersteer.core.card import CARD, write_card
 
     written = write_card(folder, name)
@@ -23,10 +25,12 @@ def card(
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="What `train` wrote.", show_default=False)],
-    repo_id: Annotated[str, typer.Argument(help="user/name on the Hub; made if need be.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder that `train` wrote.", show_default=False)],
+    repo_id: Annotated[
+        str, typer.Argument(help="Repository on the Hub (user/name); created if missing.", show_default=False)
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    commit_message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload adapter",
+    commit_message: Annotated[str, typer.Option(help="Message of the commit.")] = "Upload adapter",
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
 ) -> None:
     """Upload an adapter with its card and pictures to the Hugging Face Hub."""

@@ -14,14 +14,16 @@ from powersteer.core.errors import PowersteerError
 from powersteer.denoising.settings import GenerateSettings, PictureJob
 from powersteer.evaluation.settings import EvaluateSettings, MeasureSettings
 
-SAMPLING_NAMES = {"num_inference_steps": "--steps"}
+_NAMES = {"num_inference_steps": "--steps"}
+OPTIONS = Fields(_NAMES, leave_out=("prepared",))
+"""How `generate` differs from `GenerateSettings`."""
 
 
 @with_fields
 def generate(
     ctx: typer.Context,
     job: Annotated[Given[PictureJob], Fields(optional=("prompt", "condition"))],
-    settings: Annotated[Given[GenerateSettings], Fields(SAMPLING_NAMES, leave_out=("prepared",))],
+    settings: Annotated[Given[GenerateSettings], OPTIONS],
     num_images: Annotated[int, typer.Option(min=1, help="Number of pictures, each with its own seed.")] = 4,
     manifest: Annotated[
         Path | None,
@@ -60,7 +62,7 @@ def generate(
 @with_fields
 def evaluate(
     ctx: typer.Context,
-    settings: Annotated[Given[EvaluateSettings], Fields(SAMPLING_NAMES, arguments=("data",), optional=("data",))],
+    settings: Annotated[Given[EvaluateSettings], Fields(_NAMES, arguments=("data",), optional=("data",))],
     real: Annotated[
         Path | None,
         typer.Option(help="Instead of DATA: a folder of pictures, or of pairs, which are cropped as in training."),

@@ -6,11 +6,10 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from powersteer.apps.cli.pictures import OPTIONS
 from powersteer.core.config import build_config
-from powersteer.denoising.generate import GenerateSettings, PictureJob
+from powersteer.denoising.settings import GenerateSettings, PictureJob
 
-_SHORT = {"num_inference_steps": "steps"}
-"""What the command line calls it."""
 _JOB = tuple(PictureJob.model_fields)
 
 
@@ -35,9 +34,9 @@ def as_python(settings: GenerateSettings, job: PictureJob, files: Sequence[str])
     """Python that makes the picture again.
 
     Args:
-        settings: Of the picture.
-        job: Of the picture.
-        files: Names of the conditions' files, to be put beside the script.
+        settings: Settings of the picture.
+        job: Job of the picture.
+        files: Names of the conditions' files, which must lie beside the script.
     """
     given = "".join(f"    {name}={value!r},\n" for name, value in _given(settings).items())
     paths = ", ".join(f"Path({name!r})" for name in files)
@@ -47,7 +46,8 @@ def as_python(settings: GenerateSettings, job: PictureJob, files: Sequence[str])
     told.append(f"    seed={job.seed},\n")
     return (
         "from pathlib import Path\n\n"
-        "from powersteer.denoising.generate import GenerateSettings, PictureJob, generate\n\n"
+        "from powersteer.denoising.generate import generate\n"
+        "from powersteer.denoising.settings import GenerateSettings, PictureJob\n\n"
         f"settings = GenerateSettings(\n{given})\n"
         f"job = PictureJob(\n{''.join(told)})\n"
         'print(generate(settings, [job], Path("generated"))[0])\n'
@@ -63,9 +63,8 @@ def as_command(settings: GenerateSettings, job: PictureJob, files: Sequence[str]
     if job.negative_prompt:
         words += ["--negative-prompt", job.negative_prompt]
     for name, value in _given(settings).items():
-        flag = "--" + _SHORT.get(name, name).replace("_", "-")
         for one in value if isinstance(value, tuple) else (value,):
-            words += [flag, str(one)]
+            words += [OPTIONS.option(name), str(one)]
     return shlex.join(words)
 
 

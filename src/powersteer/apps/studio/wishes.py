@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from powersteer.core.config import StrictConfig
 from powersteer.core.errors import PowersteerError
-from powersteer.denoising.generate import Scheduler
+from powersteer.denoising.settings import GUIDANCE_SCALE, Scheduler, Share
 
 CONDITIONS = 3
 """How many canvases the page has."""
@@ -23,7 +23,6 @@ _MAX_WORDS = 4000
 """The most characters of a text."""
 
 _Text = Annotated[str, Field(max_length=_MAX_WORDS)]
-_Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Wanted:
     drawing: str | None
     """A PNG as a data URL."""
     scale: Annotated[float, Field(ge=0, le=2)] = 1.0
-    start: _Share = 0.0
-    end: _Share = 1.0
+    start: Share = 0.0
+    end: Share = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Wish:
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     num_images: Annotated[int, Field(ge=1)] = 1
     num_inference_steps: Annotated[int, Field(ge=1)] = LIVE_STEPS
-    guidance_scale: Annotated[float, Field(ge=1, le=100)] = 3.0
+    guidance_scale: Annotated[float, Field(ge=1, le=100)] = GUIDANCE_SCALE
     scheduler: Scheduler | None = LIVE_SCHEDULER
     compare: bool = False
     """Whether the prior's pictures, from the same noise, are made too."""
