@@ -20,11 +20,12 @@ from torch import nn
 
 from conftest import build_unet, by_hand, randomise
 from powersteer import BPSModel, SteeringPlan, steer
-from powersteer.adapters.attach import attach, make_adapter
+from powersteer.adapters.attach import attach
+from powersteer.adapters.registry import make_adapter
 from powersteer.apps.bench.shapes import make_unet
 from powersteer.apps.bench.turns import device_waits
 from powersteer.training import loop
-from powersteer.training.memory import estimate_memory
+from powersteer.training.memory import Step, estimate_memory
 from powersteer.training.run import train
 from powersteer.training.setup import autocast, base_dtype
 
@@ -304,7 +305,7 @@ def state_of(config):
 
 def train_in_two(config):
     """Ctrl-C in the fourth update, then the same command again."""
-    real, calls = loop.denoising_target, []
+    real, calls = loop.squared_errors, []
 
     def interrupting(*args, **kwargs):
         calls.append(1)
@@ -313,7 +314,7 @@ def train_in_two(config):
         return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "denoising_target", interrupting)
+        patch.setattr(loop, "squared_errors", interrupting)
         first = train(config)
     assert first.interrupted and first.step == 4
     second = train(config)
@@ -461,13 +462,15 @@ def test_a_training_step_takes_the_memory_estimated(device, record_property, pre
     estimate = estimate_memory(
         unet.config,
         {"pixel_unshuffle": factor},
-        batch_size=batch,
-        size=(side, side),
-        base_dtype=precision,
-        precision=precision,
-        gradient_checkpointing=checkpointing,
-        ema=False,
-        device_type=device.type,
+        Step(
+            batch_size=batch,
+            size=(side, side),
+            base_dtype=precision,
+            precision=precision,
+            gradient_checkpointing=checkpointing,
+            ema=False,
+            device_type=device.type,
+        ),
     )
     record_property("bytes_taken", taken)
     for name, count in {**estimate.rows, "total": estimate.total}.items():

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from powersteer import BPSModel
-from powersteer.adapters.steering import steered_layers
 from powersteer.apps.bench.shapes import make_unet
+from powersteer.backbones.protocol import backbone_of
 
 PICTURES = {"network.svg": "paper", "network-lite.svg": "lite"}
 """Files in docs/, each with its preset; Stable Diffusion 1.5's shape."""
@@ -50,7 +50,7 @@ def columns(unet: Any, model: BPSModel) -> list[Column]:
     widths, depths = config["block_out_channels"], config["layers_per_block"]
     hidden = config["hidden_channels"] or widths
     foot = config["up_channels"] or hidden
-    layers = list(steered_layers(unet))
+    layers = list(backbone_of(unet).sites())
     taken = 0
 
     def column(part: str, level: int, width: int, blocks: int, weight: float) -> Column:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from powersteer.core.errors import PowersteerError
 
 if TYPE_CHECKING:
+    from powersteer.adapters.attach import attach as steer
     from powersteer.adapters.bps.model import BPSModel
     from powersteer.adapters.load import load_adapter
     from powersteer.adapters.plan import SteeringPlan
-    from powersteer.adapters.steering import steer
     from powersteer.backbones.load import load_base
 
 __all__ = ["BPSModel", "PowersteerError", "SteeringPlan", "load_adapter", "load_base", "steer"]
@@ -26,8 +26,8 @@ def __getattr__(name: str) -> Any:
         "SteeringPlan": "adapters.plan",
         "load_adapter": "adapters.load",
         "load_base": "backbones.load",
-        "steer": "adapters.steering",
+        "steer": "adapters.attach",
     }
     if name in rooms:
-        return getattr(importlib.import_module(f"powersteer.{rooms[name]}"), name)
+        return getattr(importlib.import_module(f"powersteer.{rooms[name]}"), {"steer": "attach"}.get(name, name))
     raise AttributeError(f"module 'powersteer' has no attribute '{name}'")

@@ -10,16 +10,10 @@ from diffusers.utils import logging
 
 from conftest import build_pipe, randomise
 from powersteer import PowersteerError, load_base
-from powersteer.adapters.attach import (
-    BASELINES,
-    attach,
-    channels_of,
-    check_adapter,
-    make_adapter,
-    record_of,
-)
-from powersteer.adapters.baselines import conditioning_widths
+from powersteer.adapters.attach import attach, check_fits
+from powersteer.adapters.baselines._baseline import conditioning_widths
 from powersteer.adapters.load import load_network
+from powersteer.adapters.registry import BASELINES, make_adapter
 
 KINDS = ("paper", "lite", *BASELINES)
 
@@ -55,7 +49,7 @@ def test_on_off_on_and_no_trace(pipe, network):
     before, layout = pipe.unet(*inputs).sample, repr(pipe.unet)
     with attach(pipe.unet, network, condition):
         first = pipe.unet(*inputs).sample
-        assert hooks_of(pipe.unet)
+        assert not hooks_of(pipe.unet)  # they are there for the length of a call only
     off = pipe.unet(*inputs).sample
     with attach(pipe.unet, network, condition):
         again = pipe.unet(*inputs).sample
@@ -233,15 +227,15 @@ def test_a_baseline_remembers_what_it_was_trained_on(pipe, tmp_path, kind, caplo
     finally:
         logging.disable_propagation()
     assert "_powersteer" not in caplog.text  # of which diffusers does not warn
-    assert record_of(network)["conditioning"] == record and channels_of(network) == 1
-    check_adapter(network, pipe)
-    check_adapter(network, pipe.unet)  # whose prediction type is not known
+    assert network.spec.conditioning == record and network.spec.channels == 1
+    check_fits(network, pipe)
+    check_fits(network, pipe.unet)  # whose prediction type is not known
     pipe.scheduler.register_to_config(prediction_type="v_prediction")
-    with pytest.raises(PowersteerError, match=r"24, epsilon\); this is .* 24, v_prediction\): load the base it was"):
-        check_adapter(network, pipe)
+    with pytest.raises(PowersteerError, match=r"24, epsilon\); this is .* 24, v_prediction\): load that base"):
+        check_fits(network, pipe)
     nameless = type(network).from_config({k: v for k, v in network.config.items() if not k.startswith("_")})
-    check_adapter(nameless, pipe)
-    assert channels_of(nameless) == (1 if kind == "t2i-adapter" else 3)
+    check_fits(nameless, pipe)
+    assert nameless.spec.channels == (1 if kind == "t2i-adapter" else 3)
 
 
 def test_a_damaged_folder_is_refused(pipe, tmp_path):

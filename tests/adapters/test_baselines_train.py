@@ -8,18 +8,13 @@ import torch
 
 from conftest import build_pipe
 from powersteer import BPSModel, PowersteerError
-from powersteer.adapters.attach import BASELINES, attach, make_adapter
-from powersteer.adapters.bps.ablations import (
-    ABLATIONS,
-    AddedOnce,
-    ConditionalHalf,
-    WithoutLatents,
-    WithoutTime,
-    last_layers,
-)
+from powersteer.adapters.attach import attach
+from powersteer.adapters.baselines.controlnet import WithoutLatents
+from powersteer.adapters.bps.ablations import AddedOnce, ConditionalHalf, WithoutTime
 from powersteer.adapters.load import load_network
-from powersteer.adapters.steering import steered_layers
+from powersteer.adapters.registry import BASELINES, class_of, make_adapter
 from powersteer.backbones.load import load_base
+from powersteer.backbones.protocol import backbone_of
 from powersteer.core.config import build_config
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs
@@ -68,11 +63,11 @@ def test_dry_run_counts_a_baseline(config, kind):
     assert plan.memory.rows["activations"] > 0 and "residuals" not in plan.facts
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("ablation", ["no-time", "added-once", "conditional-half"])
 def test_an_ablation_trains_and_loads_as_what_it_is(config, ablation):
     config = config.model_copy(update={"ablation": ablation, "max_train_steps": 2, "validation_steps": 2})
     train(config)
-    assert type(load_network(config.output_dir)) is ABLATIONS[ablation]
+    assert type(load_network(config.output_dir)) is class_of("paper", ablation)
     assert rows_of(config)[0]["steered"] == rows_of(config)[0]["prior"]
 
 
@@ -125,12 +120,13 @@ def test_ablations_leave_out_what_they_say(pipe, model):
         assert torch.equal(one, other)
     torch.testing.assert_close(timeless(condition, embedding).mid, model(condition, 0 * embedding).mid)
     # Once a position, and last: transformers where there are some, and the middle block's second ResNet.
-    unet = pipe.unet
-    assert [position for position, _ in last_layers(unet)] == sorted({position for position, _ in steered_layers(unet)})
+    unet, backbone = pipe.unet, backbone_of(pipe.unet)
+    once = AddedOnce.from_config(model.config)
+    last = list(once.sites(backbone))
+    assert [position for position, _ in last] == sorted({position for position, _ in backbone.sites()})
     wanted = [*unet.down_blocks[0].resnets, *unet.down_blocks[1].attentions, unet.mid_block.resnets[1]]
     wanted += [*unet.up_blocks[0].attentions, *unet.up_blocks[1].resnets]
-    assert [id(layer) for _, layer in last_layers(unet)] == [id(layer) for layer in wanted]
-    once = AddedOnce.from_config(model.config)
+    assert [id(layer) for _, layer in last] == [id(layer) for layer in wanted]
     once.load_state_dict(model.state_dict())
     steering = model(condition, unet.time_embedding(unet.time_proj(torch.tensor([500]))))
     inputs = torch.randn(1, 4, 8, 8), torch.tensor(500), torch.randn(1, 6, 24)

@@ -3,7 +3,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from powersteer import PowersteerError, steer
-from powersteer.adapters.steering import steered_layers
+from powersteer.backbones.protocol import backbone_of
 from powersteer.denoising.generate import GenerateSettings, generate, steered_pictures
 
 
@@ -81,7 +81,7 @@ def test_every_resnet_and_transformer_gets_its_residual(pipe, model):
         *[(unet.up_blocks[0].attentions[i], r.up[i]) for i in range(3)],
         *[(unet.up_blocks[1].resnets[i], r.up[3 + i]) for i in range(3)],
     ]
-    assert sorted(id(layer) for _, layer in steered_layers(unet)) == sorted(id(layer) for layer, _ in plan)
+    assert sorted(id(layer) for _, layer in backbone_of(unet).sites()) == sorted(id(layer) for layer, _ in plan)
     for layer, residual in plan:
         layer.register_forward_hook(add(residual))
     torch.testing.assert_close(unet(*inputs).sample, wanted)

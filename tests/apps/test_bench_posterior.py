@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from conftest import randomise
-from powersteer.adapters.attach import attach, make_adapter
+from powersteer.adapters.attach import attach
+from powersteer.adapters.registry import make_adapter
 from powersteer.apps import cli
 from powersteer.apps.bench.posterior import adapter as adapters
 from powersteer.apps.bench.posterior import bench, learning, prior

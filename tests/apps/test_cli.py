@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from conftest import draw_pairs, randomise
-from powersteer.adapters.attach import BASELINES, attach, make_adapter
+from powersteer.adapters.attach import attach
 from powersteer.adapters.load import load_adapter, load_network
+from powersteer.adapters.registry import BASELINES, make_adapter
 from powersteer.backbones.load import load_base
 from powersteer.conditions.files import read_condition
 from powersteer.core.config import load_config

@@ -30,7 +30,7 @@ from powersteer.core.config import build_config, load_config
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs
 from powersteer.denoising.heldout import HeldOut
-from powersteer.denoising.objective import noise_schedule
+from powersteer.denoising.objective import objective_of
 from powersteer.evaluation.features import weights_sha256
 from powersteer.evaluation.information import denoiser_errors, measure_information
 from powersteer.training import loop
@@ -97,9 +97,9 @@ def test_every_run_has_its_figures_and_where_they_come_from(done):
     assert found["reduction"] == pytest.approx(1 - found["loss"] / prior) and 0 <= run["test"]["lines"]["f1"] <= 1
     assert found["gain"] == pytest.approx(prior - found["loss"], abs=1e-6)
     assert run["base"]["unet"] == weights_sha256(pipe.unet) and len(run["base"]["vae"]) == 64
-    alphas = noise_schedule(pipe).alphas_cumprod
+    objective = objective_of(pipe.scheduler)
     with uniform_log_snr():
-        wanted = measure_information(denoiser_errors(pipe, network, test), alphas, 6, draws=INFORMATION_DRAWS)
+        wanted = measure_information(denoiser_errors(pipe, network, test), objective, 6, draws=INFORMATION_DRAWS)
     assert run["test"]["information"]["nats"] == pytest.approx(wanted.steered.mean, rel=1e-4)
     assert result(done, "prior")["test"]["information"] == {"nats": 0}
 
@@ -193,7 +193,7 @@ def smaller(done, folder):
 
 def test_a_signal_in_the_last_update_of_a_run_stops_the_experiment(done, monkeypatch, tmp_path):
     other = smaller(done, tmp_path)
-    real, calls = loop.denoising_target, []
+    real, calls = loop.squared_errors, []
 
     def interrupting(*args, **kwargs):
         calls.append(torch.is_grad_enabled())
@@ -201,7 +201,7 @@ def test_a_signal_in_the_last_update_of_a_run_stops_the_experiment(done, monkeyp
             os.kill(os.getpid(), signal.SIGTERM)  # in the third, last update of the sweep's first run
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "denoising_target", interrupting)
+    monkeypatch.setattr(loop, "squared_errors", interrupting)
     assert compare.compare(other) and sum(calls) == 3
     assert not other.results_dir.exists() and not (other.output_dir / "tuning" / "lite" / "0.003").exists()
     assert not compare.compare(other) and sum(calls) == 3 * 3  # the first run is not done again
@@ -214,7 +214,7 @@ def test_a_signal_in_the_last_update_of_a_run_stops_the_experiment(done, monkeyp
 def test_a_kill_loses_nothing_but_what_was_under_way(done, monkeypatch, tmp_path, moment):
     other = smaller(done, tmp_path)
     module, name = {
-        "an update": (loop, "min_snr_weights"),
+        "an update": (loop, "squared_errors"),
         "a result's writing": (compare.Path, "replace"),
         "the removal of checkpoints": (compare.shutil, "rmtree"),
         "the grid": (compare, "save_grid"),

@@ -155,10 +155,11 @@ def _wait_for(what, seconds: float = 120):
 class Running:
     """A studio in a process of its own."""
 
-    def __init__(self, tmp_path: Path) -> None:
+    def __init__(self, tmp_path: Path, *, nohup: bool = False) -> None:
         (tmp_path / "tmp").mkdir(exist_ok=True)
         self.runs, self.tmp = tmp_path / "runs", tmp_path / "tmp"
         command = [sys.executable, "-m", "powersteer.apps.cli", "studio", "--adapters-dir", str(self.runs)]
+        command = ["nohup", *command] if nohup else command
         environment = {**ENVIRONMENT, "TMPDIR": str(self.tmp), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
@@ -218,3 +219,18 @@ def test_ctrl_c_in_the_terminal_saves_the_training(tmp_path):
     assert studio.process.wait(60) == 0
     assert json.loads((studio.runs / "mine" / "config.json").read_text())["_class_name"] == "BPSModel"
     assert studio.folders == []
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_ends_the_studio_and_leaves_no_folder(tmp_path):
+    studio = Running(tmp_path)
+    assert len(studio.folders) == 1
+    for _ in range(2):  # the terminal's, and the shell's
+        os.killpg(studio.process.pid, signal.SIGHUP)
+    assert studio.process.wait(60) == 0
+    assert studio.folders == []
+    lasting = Running(tmp_path, nohup=True)
+    os.killpg(lasting.process.pid, signal.SIGHUP)
+    lasting.process.send_signal(signal.SIGTERM)
+    assert lasting.process.wait(60) == 0
+    assert lasting.folders == []

@@ -26,7 +26,7 @@ from powersteer.data.stream import read_shard
 from powersteer.denoising.generate import GenerateSettings, PictureJob, generate
 from powersteer.training.dry_run import dry_run
 from powersteer.training.run import train
-from powersteer.training.setup import conditioning, new_network
+from powersteer.training.setup import Setup, conditioning, new_network
 
 LANCZOS, NEAREST = Image.Resampling.LANCZOS, Image.Resampling.NEAREST
 
@@ -277,12 +277,12 @@ def test_starting_from_another_adapter(config, base_dir, styled_dir, tmp_path):
     )
     config = config.model_copy(update={"init_from": str(tmp_path / "grey")})
     pipe = load_base(str(base_dir))
-    assert new_network(config, pipe).config["conditioning"] == {"kind": "sketch"}
-    depth = new_network(config.model_copy(update={"conditioning_kind": "depth"}), pipe).config["conditioning"]
+    assert new_network(Setup.of(config, pipe), pipe).config["conditioning"] == {"kind": "sketch"}
+    depth = new_network(Setup.of(config.model_copy(update={"conditioning_kind": "depth"}), pipe), pipe).config["conditioning"]
     assert depth["kind"] == "depth" and depth["polarity"] == "near 1, far 0"
     say(styled_dir, kind="style", channels=4)
     with pytest.raises(PowersteerError, match="reads 1 channels, the conditions have 4"):
-        new_network(config.model_copy(update={"train_data_dir": str(styled_dir)}), pipe)
+        new_network(Setup.of(config.model_copy(update={"train_data_dir": str(styled_dir)}), pipe), pipe)
 
 
 def test_held_out_pairs_must_be_of_the_same_kind(config):

@@ -19,7 +19,8 @@ from powersteer.core.pictures import as_bytes
 from powersteer.data.check import check_pairs
 from powersteer.data.conditioning import conditioning_of
 from powersteer.data.pairs import Pairs
-from powersteer.data.prepare.prepare import PrepareConfig, prepare
+from powersteer.data.prepare.config import PrepareConfig
+from powersteer.data.prepare.prepare import prepare
 from powersteer.evaluation.measures import MeasureSettings, fidelity, load_condition_extractor
 
 HEAT = '''

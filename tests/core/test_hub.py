@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from conftest import build_pipe, draw_pairs, randomise
 from powersteer import BPSModel, PowersteerError, load_adapter, load_base
-from powersteer.adapters.attach import make_adapter
 from powersteer.adapters.hub import push
 from powersteer.adapters.load import load_network
+from powersteer.adapters.registry import make_adapter
 from powersteer.apps.cli import app
 from powersteer.backbones.load import base_configs
 from powersteer.core.card import MARK, model_card, write_card

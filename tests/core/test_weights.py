@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from authors import authors_names, network
 from conftest import build_pipe, randomise
 from powersteer import BPSModel, PowersteerError, load_adapter
-from powersteer.adapters.attach import make_adapter
 from powersteer.adapters.bps.convert import convert
 from powersteer.adapters.load import load_network
+from powersteer.adapters.registry import make_adapter
 from powersteer.conditions.extractors import hed
 from powersteer.core.weights import check_finite, filled, find_weights, read_tensors, unpickle
 

@@ -13,7 +13,8 @@ from PIL import Image
 from condition_files import features, write_conditions
 from conftest import draw_pairs, randomise, uniform_log_snr
 from powersteer import PowersteerError
-from powersteer.adapters.attach import BASELINES, attach, make_adapter
+from powersteer.adapters.attach import attach
+from powersteer.adapters.registry import BASELINES, make_adapter
 from powersteer.backbones.load import load_base
 from powersteer.conditions.extractors.extractor import EXTRACTORS
 from powersteer.core.pictures import as_bytes, to_pil
@@ -21,7 +22,7 @@ from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, spread
 from powersteer.data.splits import held_out_folder
 from powersteer.denoising.generate import steered_pictures
-from powersteer.denoising.objective import noise_schedule
+from powersteer.denoising.objective import objective_of
 from powersteer.evaluation import evaluate as evaluation
 from powersteer.evaluation.evaluate import EvaluateSettings, evaluate
 from powersteer.evaluation.figures import Evaluation, Figure, Value
@@ -187,7 +188,7 @@ def test_baselines_are_evaluated_as_bps_is(run, data, base_dir, tmp_path, kind):
     with uniform_log_snr():
         code, _, err = run(*args)
         errors = denoiser_errors(pipe, network, pairs)
-        wanted = measure_information(errors, noise_schedule(pipe).alphas_cumprod, 6, draws=2)
+        wanted = measure_information(errors, objective_of(pipe.scheduler), 6, draws=2)
     assert code == 0, err
     written = json.loads((tmp_path / "out.json").read_text())
     found = written["figures"]["information, nats a latent dimension"]["values"]

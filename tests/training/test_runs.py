@@ -21,7 +21,7 @@ from powersteer.training.checkpoint import list_checkpoints
 from powersteer.training.config import TrainConfig
 from powersteer.training.record import FACTS, FREE
 from powersteer.training.run import train
-from powersteer.training.setup import new_network
+from powersteer.training.setup import Setup, new_network
 
 
 def everything(folder):
@@ -209,8 +209,8 @@ def test_init_from_brings_its_own_network(config, tmp_path):
     start = tmp_path / "start"
     randomise(BPSModel.from_unet(pipe.unet, pixel_unshuffle=4, weights="uniform")).save_pretrained(start)
     given = config.model_copy(update={"init_from": str(start)})
-    new_network(given, pipe)  # what it is may be asked for
-    new_network(given.model_copy(update={"weights": "head-heavy"}), pipe)  # the default
+    new_network(Setup.of(given, pipe), pipe)  # what it is may be asked for
+    new_network(Setup.of(given.model_copy(update={"weights": "head-heavy"}), pipe), pipe)  # the default
     for key, value in {
         "weights": (2.0, 2.0, 1.0, 1.0),
         "network": "lite",
@@ -220,9 +220,9 @@ def test_init_from_brings_its_own_network(config, tmp_path):
         "hidden_channels": (8, 8),
     }.items():
         with pytest.raises(PowersteerError, match=rf"brings its own network, .* not of {key}="):
-            new_network(given.model_copy(update={key: value}), pipe)
+            new_network(Setup.of(given.model_copy(update={key: value}), pipe), pipe)
     with pytest.raises(PowersteerError, match="not of network=controlnet"):
-        new_network(given.model_copy(update={"network": "controlnet", "weights": "head-heavy"}), pipe)
+        new_network(Setup.of(given.model_copy(update={"network": "controlnet", "weights": "head-heavy"}), pipe), pipe)
     run = short(given, weights="head-heavy")
     train(run)
     assert "weights" not in yaml.safe_load((run.output_dir / "train.yaml").read_text())  # it was not used
@@ -249,8 +249,8 @@ def test_a_refused_run_leaves_nothing_and_one_without_learning_may_be_begun_anew
     with pytest.raises(PowersteerError):
         train(config.model_copy(update={"train_data_dir": str(config.output_dir / "none")}))
     assert not config.output_dir.exists()
-    real = loop.denoising_target
-    monkeypatch.setattr(loop, "denoising_target", lambda *args: real(*args) * torch.nan)
+    real = loop.squared_errors
+    monkeypatch.setattr(loop, "squared_errors", lambda *args: real(*args) * torch.nan)
     with pytest.raises(PowersteerError, match="non-finite loss at step 0"):
         train(config)
     monkeypatch.undo()
@@ -288,14 +288,14 @@ def test_a_refit_stays_one_and_its_card_says_what_happened(config):
 
 def test_one_training_at_a_time(config, monkeypatch):
     monkeypatch.setattr(folder, "LOCK_SECONDS", 0.2)
-    real, entered, leave = loop.denoising_target, threading.Event(), threading.Event()
+    real, entered, leave = loop.squared_errors, threading.Event(), threading.Event()
 
     def waiting(*args):
         entered.set()
         assert leave.wait(60)
         return real(*args)
 
-    monkeypatch.setattr(loop, "denoising_target", waiting)
+    monkeypatch.setattr(loop, "squared_errors", waiting)
     done = []
     thread = threading.Thread(target=lambda: done.append(train(short(config))))
     thread.start()
@@ -310,14 +310,14 @@ def test_one_training_at_a_time(config, monkeypatch):
 
 
 def test_a_folder_that_is_removed_ends_its_training_and_stays_away(config, monkeypatch):
-    real = loop.denoising_target
+    real = loop.squared_errors
 
     def removing(*args):
         shutil.rmtree(config.output_dir)
         monkeypatch.undo()
         return real(*args)
 
-    monkeypatch.setattr(loop, "denoising_target", removing)
+    monkeypatch.setattr(loop, "squared_errors", removing)
     with pytest.raises(PowersteerError, match="was removed, moved or replaced while it was trained into"):
         train(config)
     assert not config.output_dir.exists()
@@ -426,7 +426,7 @@ def test_figures_that_are_no_numbers_are_left_out_of_the_log(config, tmp_path):
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_closing_terminal_saves_unless_it_is_ignored(config, monkeypatch, ignored):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
-    real, calls = loop.denoising_target, []
+    real, calls = loop.squared_errors, []
 
     def hanging_up(*args):
         calls.append(1)
@@ -434,7 +434,7 @@ def test_a_closing_terminal_saves_unless_it_is_ignored(config, monkeypatch, igno
             os.kill(os.getpid(), signal.SIGHUP)
         return real(*args)
 
-    monkeypatch.setattr(loop, "denoising_target", hanging_up)
+    monkeypatch.setattr(loop, "squared_errors", hanging_up)
     try:
         result = train(config.model_copy(update={"max_train_steps": 3}))
     finally:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from powersteer.adapters.attach import attach as steer
 from powersteer.adapters.load import load_adapter
-from powersteer.adapters.steering import steer
 from powersteer.apps import cli
 from powersteer.backbones.load import load_base
 from powersteer.data.prepare.sources import openmoji

@@ -117,7 +117,7 @@ def test_out_of_memory_says_what_to_change(config, monkeypatch):
     def full(*_, **__):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to")
 
-    monkeypatch.setattr("powersteer.training.loop.Accelerator.backward", full)
+    monkeypatch.setattr("accelerate.Accelerator.backward", full)
     wanted = (
         r"out of memory \(estimate \d+\.\d GB, free \d+\.\d GB\): add gradient_checkpointing=true train_batch_size=1 "
     )

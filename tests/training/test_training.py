@@ -9,6 +9,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from conftest import build_pipe, draw_pairs, randomise
@@ -64,7 +65,7 @@ def test_training_lowers_the_held_out_loss_and_keeps_the_best(config):
 def test_resumed_run_equals_the_uninterrupted_one(config, tmp_path, monkeypatch):
     train(config)
     other = config.model_copy(update={"output_dir": tmp_path / "other"})
-    real, calls = loop.denoising_target, []
+    real, calls = loop.squared_errors, []
 
     def interrupting(*args, **kwargs):
         calls.append(1)
@@ -72,7 +73,7 @@ def test_resumed_run_equals_the_uninterrupted_one(config, tmp_path, monkeypatch)
             os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C in the sixth step
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "denoising_target", interrupting)
+    monkeypatch.setattr(loop, "squared_errors", interrupting)
     first = train(other)
     assert first.interrupted and first.step == 6
     monkeypatch.undo()
@@ -95,7 +96,7 @@ def test_resumed_run_equals_the_uninterrupted_one(config, tmp_path, monkeypatch)
 def test_a_signal_in_the_last_update_keeps_what_comes_after_from_beginning(config, monkeypatch):
     held_out = {"validation_data_dir": None, "validation_split": 0.3, "refit": True, "max_train_steps": 4}
     config = config.model_copy(update=held_out)
-    real, calls = loop.denoising_target, []
+    real, calls = loop.squared_errors, []
 
     def interrupting(*args, **kwargs):
         calls.append(torch.is_grad_enabled())
@@ -103,7 +104,7 @@ def test_a_signal_in_the_last_update_keeps_what_comes_after_from_beginning(confi
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "denoising_target", interrupting)
+    monkeypatch.setattr(loop, "squared_errors", interrupting)
     first = train(config)
     assert first.interrupted and first.step == 4 and not (config.output_dir / "refit").exists()
     best = weights(config.output_dir)
@@ -159,8 +160,8 @@ def test_non_finite_loss_names_step_and_samples_and_saves_nothing(config, monkey
         train(wild)
     train(config)
     before = weights(config.output_dir), [folder.name for folder in list_checkpoints(config.output_dir)]
-    real = loop.denoising_target
-    monkeypatch.setattr(loop, "denoising_target", lambda *args: real(*args) * torch.inf)
+    real = loop.squared_errors
+    monkeypatch.setattr(loop, "squared_errors", lambda *args: real(*args) * torch.inf)
     wanted = (
         r"non-finite loss at step 8, samples train\[\d+\].*last good: checkpoint-8.*init_from=.*checkpoint-8 begins"
     )
@@ -171,7 +172,7 @@ def test_non_finite_loss_names_step_and_samples_and_saves_nothing(config, monkey
 
 
 def test_non_finite_gradient_stops_before_the_update(config, monkeypatch):
-    real = loop.Accelerator.clip_grad_norm_
+    real = Accelerator.clip_grad_norm_
     calls = []
 
     def poisoned(self, parameters, max_norm):
@@ -180,7 +181,7 @@ def test_non_finite_gradient_stops_before_the_update(config, monkeypatch):
             parameters[0].grad[:] = torch.inf
         return real(self, parameters, max_norm)
 
-    monkeypatch.setattr(loop.Accelerator, "clip_grad_norm_", poisoned)
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", poisoned)
     with pytest.raises(
         PowersteerError, match=r"non-finite gradient at step 2, samples train\[\d+\].*no checkpoint yet"
     ):
@@ -199,9 +200,9 @@ def test_step_zero_is_exactly_the_prior_and_shuffling_pairs_conditions(pipe, mod
 def test_held_out_loss_is_the_denoising_loss(pipe, model, pairs_dir):
     pairs = encode_pairs(pipe, Pairs(pairs_dir, (32, 32)))
     held_out = HeldOut(pipe, pairs, draws=4)
-    assert all(((held_out.timesteps[band] // 250) == band).all() for band in range(4))
+    assert all(((held_out.times[band] // 250) == band).all() for band in range(4))
     band, place = 1, 5
-    t, latents = held_out.timesteps[band, place], pairs.latents([pairs[place, 0]])[0]
+    t, latents = held_out.times[band, place], pairs.latents([pairs[place, 0]])[0]
     epsilon = held_out.noise(band, place, tuple(latents.shape))
     alpha = pipe.scheduler.alphas_cumprod[t]
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * epsilon

@@ -1,214 +1,218 @@
-"""One protocol for every control network: training, evaluation and comparison know no other.
+"""The one door: within `attach`, a frozen backbone denoises with the posterior p(image | text, condition).
 
-with attach(unet, network, condition):
-    unet(noisy, timesteps, **inputs)  # the posterior's denoiser, whichever network it is
+Training, pictures, evaluation and the apps all come through here, whatever the adapter:
+
+    with attach(pipe, adapter, condition):
+        pipe("a fox")
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+import math
+import threading
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
-from diffusers import ControlNetModel, ControlNetXSAdapter, UNet2DConditionModel
+from diffusers import DiffusionPipeline
+from torch import nn
 
-from powersteer.adapters.baselines import (
-    Baseline,
-    ZeroStartT2IAdapter,
-    base_widths,
-    condition_channels,
-    condition_factor,
-    hook_up,
-    make_controlnet,
-    make_controlnet_xs,
-    make_t2i_adapter,
-)
-from powersteer.adapters.bps.ablations import (
-    ABLATIONS,
-    NO_LATENTS,
-    AddedOnce,
-    ConditionalHalf,
-    WithoutLatents,
-    last_layers,
-)
-from powersteer.adapters.bps.model import BPSModel
-from powersteer.adapters.steering import check_fits, steer
-from powersteer.backbones.fingerprint import describe, differences, fingerprint
-from powersteer.backbones.load import load_saved
-from powersteer.conditions import to_condition
-from powersteer.conditions.kinds import BLIND
+from powersteer.adapters.clock import Clock
+from powersteer.adapters.engine import Engine, Run
+from powersteer.adapters.plan import SteeringPlan, plan_of
+from powersteer.adapters.protocol import Adapter
+from powersteer.adapters.rows import Caller, Rows, rows_of
+from powersteer.adapters.source import Evaluation, Source
+from powersteer.backbones.fingerprint import describe, differences
+from powersteer.backbones.protocol import Backbone, Call, find_backbone
+from powersteer.conditions.tensors import Condition
 from powersteer.core.errors import PowersteerError
-from powersteer.core.records import BASELINE_RECORD
 
-Adapter = BPSModel | Baseline
-"""What can be trained: `BPSModel`, or one of the baselines."""
-
-BASELINES = ("controlnet", "controlnet-xs", "t2i-adapter")
-"""Names of the baselines; ``paper`` and ``lite`` are BPS."""
-
-_CLASSES: dict[str, type[Adapter]] = {
-    "BPSModel": BPSModel,
-    "ControlNetModel": ControlNetModel,
-    "WithoutLatents": WithoutLatents,
-    "ControlNetXSAdapter": ControlNetXSAdapter,
-    "ZeroStartT2IAdapter": ZeroStartT2IAdapter,
-    **{kind.__name__: kind for kind in ABLATIONS.values()},
-}
-
-
-def make_adapter(
-    unet: UNet2DConditionModel,
-    *,
-    preset: str = "paper",
-    conditioning_channels: int = 1,
-    pixel_unshuffle: int = 8,
-    prediction_type: str | None = None,
-    conditioning: Mapping[str, Any] | None = None,
-    ablation: str | None = None,
-    **bps: Any,
-) -> Adapter:
-    """An untrained network for ``unet``; within `attach` it is exactly the prior.
-
-    Args:
-        unet: The U-Net it will be attached to.
-        preset: ``paper``, ``lite``, ``controlnet``, ``controlnet-xs`` or ``t2i-adapter``.
-        conditioning_channels: Channels of the condition.
-        pixel_unshuffle: The VAE's scale factor.
-        prediction_type: The scheduler's, recorded with the base.
-        conditioning: What the condition is; recorded, too.
-        ablation: BPS or ControlNet without something, or any network without its condition; see
-            `powersteer.adapters.bps.ablations`.
-        **bps: Further arguments of `BPSModel.from_unet`, which the baselines have no use for.
-
-    Raises:
-        ValueError: ``preset`` or ``weights`` is unknown.
-        PowersteerError: The baseline knows no such U-Net.
-    """
-    if ablation == BLIND:
-        conditioning = {**(conditioning or {}), BLIND: True}
-    if preset in BASELINES:
-        kind = WithoutLatents if ablation == NO_LATENTS else ControlNetModel
-        network = _make_baseline(unet, preset, pixel_unshuffle, conditioning_channels, kind)
-        known = {"base": fingerprint(unet, prediction_type), "conditioning": conditioning}
-        network.register_to_config(**{BASELINE_RECORD: known})
-        return network
-    shape: Any = {"preset": preset, "pixel_unshuffle": pixel_unshuffle, "prediction_type": prediction_type, **bps}
-    kind = BPSModel if ablation in (None, BLIND) else ABLATIONS[ablation]
-    return kind.from_unet(unet, conditioning_channels=conditioning_channels, conditioning=conditioning, **shape)
-
-
-def _make_baseline(unet: Any, name: str, factor: int, channels: int, controlnet: type[ControlNetModel]) -> Baseline:
-    if name == "controlnet":
-        return make_controlnet(unet, factor, controlnet)
-    if name == "controlnet-xs":
-        return make_controlnet_xs(unet, factor)
-    return make_t2i_adapter(unet, factor, channels)
-
-
-def load_network(name_or_path: str | Path) -> Adapter:
-    """A trained network of any kind; see `powersteer.backbones.load.load_adapter` for the names.
-
-    Raises:
-        PowersteerError: There is no such network, or it is incomplete, damaged or not finite.
-    """
-    return load_saved(str(name_or_path), _CLASSES)
-
-
-def record_of(network: Adapter) -> Mapping[str, Any]:
-    """``base`` and ``conditioning``: what a network was trained on, as far as it is known."""
-    return network.config if isinstance(network, BPSModel) else network.config.get(BASELINE_RECORD) or {}
-
-
-def channels_of(network: Adapter) -> int:
-    """Channels of the conditions that a network was trained on."""
-    if isinstance(network, BPSModel):
-        return network.config["conditioning_channels"]
-    return (record_of(network).get("conditioning") or {}).get("channels") or condition_channels(network)
-
-
-def factor_of(network: Adapter) -> int:
-    """Pixels of the condition a side of one latent."""
-    return network.config["pixel_unshuffle"] if isinstance(network, BPSModel) else condition_factor(network)
-
-
-def check_adapter(network: Adapter, pipe: Any) -> None:
-    """Refuse a network that was made for another base.
-
-    Args:
-        network: The network.
-        pipe: The pipeline, or the bare U-Net.
-
-    Raises:
-        PowersteerError: Block widths differ, or text width or prediction type, where they are known; for BPS, see
-            `powersteer.adapters.steering.check_fits`.
-    """
-    if isinstance(network, BPSModel):
-        check_fits(network, pipe)
-        return
-    scheduler = getattr(pipe, "scheduler", None)
-    given = fingerprint(getattr(pipe, "unet", pipe), None if scheduler is None else scheduler.config["prediction_type"])
-    made_for = {"block_out_channels": base_widths(network), **(record_of(network).get("base") or {})}
-    if differences(made_for, given):
-        raise PowersteerError(
-            f"the {type(network).__name__} was made for {describe(made_for)}; this is {describe(given)}: load the base "
-            "it was trained on"
-        )
-
-
-def save_activation_memory(network: Any) -> None:
-    """Gradient checkpointing, in the networks that know it."""
-    if network._supports_gradient_checkpointing:
-        network.enable_gradient_checkpointing()
+Plan = SteeringPlan | Literal["auto"] | None
 
 
 @contextmanager
-def attach(unet: UNet2DConditionModel, network: Adapter, condition: torch.Tensor) -> Generator[None]:
-    """Within the block, ``unet`` denoises under the condition; afterwards it is as it was.
+def attach(
+    pipe: DiffusionPipeline | nn.Module,
+    model: Adapter | Sequence[Adapter],
+    condition: Condition | Sequence[Condition],
+    scale: float | Sequence[float] = 1.0,
+    start: float | Sequence[float] = 0.0,
+    end: float | Sequence[float] = 1.0,
+    *,
+    steer_unconditional: bool | None = None,
+    steering_guidance_scale: float | None = None,
+    unconditional: Sequence[bool] | None = None,
+    plan: Plan = "auto",
+    strict_base: bool = True,
+) -> Generator[None]:
+    """Within the block, ``pipe`` denoises with the posterior p(image | text, condition); afterwards it is as it was.
+
+    With a list of networks, the other arguments may be lists too: several conditions add their steering, for the
+    likelihoods of conditions that are independent given the image multiply.
+
+    Within a step a network runs once for each distinct condition, not once for each row of the U-Net's batch; under a
+    condition and schedule that its plan has seen, not at all. (Networks that read the latents, as ControlNet does, run
+    for every row.) Which row has which condition is told from each call of the U-Net; what cannot be told is refused.
+    The block acts in its own thread alone. A tensor that is changed within the block, and weights, are noticed;
+    pictures and arrays are read when the block begins.
 
     Args:
-        unet: The frozen U-Net.
-        network: The network, made for it.
-        condition: (N, C, H, W) in [0, 1]: N is 1, the U-Net's batch, or half of it (the two halves of classifier-free
-            guidance). One channel serves as three where a network reads three.
+        pipe: A diffusers pipeline (any that takes the U-Net; those that share it are steered too), or a bare U-Net.
+            ``torch.compile`` it before the block.
+        model: The network, made for this U-Net.
+        condition: PIL picture(s), arrays (H, W) or (H, W, C), or a tensor (N, C, H, W) in [0, 1], or in the range that
+            the network's config tells; see `powersteer.conditions.to_condition`. In a pipeline, N is 1, the number of
+            prompts (each prompt's images share its condition) or the number of images. On a bare U-Net, N is 1, the
+            batch, or half of it (the two halves of classifier-free guidance, the unconditional one first).
+        scale: Strength of the steering; 0 is the prior.
+        start: Where steering sets in, as a share of the way from noise (0) to picture (1); see
+            `powersteer.adapters.clock.progress`.
+        end: Where it ends.
+        steer_unconditional: Under classifier-free guidance, steer both halves (the authors' way, and the default), or
+            the text-conditional half only.
+        steering_guidance_scale: With w_c given, and w_text the pipeline's guidance scale, predict
+            ε(∅) + w_text·(ε(text) − ε(∅)) + w_c·(ε(text, c) − ε(text)), which tempers the likelihood
+            p(c | z, text)^w_c. Costs a second evaluation of the U-Net.
+        unconditional: Whether each part of a bare U-Net's batch is unconditional, in order: ``[True, False]`` for the
+            halves of classifier-free guidance, ``[False]`` for a call with the text alone.
+        plan: Where residuals are kept for the next prompt or seed: ``auto`` (the network's own plan), a
+            `SteeringPlan`, or None.
+        strict_base: Refuse a network that was trained on another base.
 
     Raises:
-        PowersteerError: The network does not fit the U-Net, the condition is malformed, or (within the block) the
-            number of conditions or their size does not fit the batch.
+        PowersteerError: The network does not fit the U-Net, a condition is malformed, the lists differ in length, or
+            (within the block) the number of conditions or their size does not fit the batch.
     """
-    if isinstance(network, BPSModel):
-        layers = last_layers if isinstance(network, AddedOnce) else None
-        both = not isinstance(network, ConditionalHalf)
-        with steer(unet, network, condition, plan=None, layers=layers, steer_unconditional=both):
-            yield
-        return
-    check_adapter(network, unet)
-    channels = condition_channels(network)
-    if channels == 3 and condition.ndim == 4 and condition.shape[1] == 1:
-        condition = condition.expand(-1, 3, -1, -1)
-    if (record_of(network).get("conditioning") or {}).get(BLIND):
-        condition = torch.zeros_like(condition)
-    parameter = next(network.parameters())
-    checked = to_condition(condition, channels).to(device=parameter.device, dtype=parameter.dtype)
-
-    def rows(batch: int) -> torch.Tensor:
-        count = len(checked)
-        if count not in (1, batch) and 2 * count != batch:
-            raise PowersteerError(f"{count} conditions for a U-Net batch of {batch}: give 1, {batch}, or half as many")
-        return checked.repeat(batch // count, 1, 1, 1)
-
-    def check_size(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample = args[0] if args else kwargs["sample"]
-        height, width = (condition_factor(network) * side for side in sample.shape[-2:])
-        if tuple(checked.shape[-2:]) != (height, width):
-            raise PowersteerError(
-                f"the condition is {checked.shape[-2]}×{checked.shape[-1]} pixels, the picture {height}×{width}: "
-                "resize the condition"
-            )
-
-    with ExitStack() as hooks:
-        hooks.enter_context(unet.register_forward_pre_hook(check_size, with_kwargs=True))
-        for handle in hook_up(unet, network, rows):
-            hooks.enter_context(handle)
+    backbone, outer, pipeline = _taken_apart(pipe)
+    models = [model] if isinstance(model, nn.Module) else list(model)
+    several = not isinstance(model, nn.Module)
+    conditions = list(condition) if several and isinstance(condition, Sequence) else [condition]
+    spans = [_spread(value, len(models), name) for name, value in (("scale", scale), ("start", start), ("end", end))]
+    if not models or len(conditions) != len(models):
+        raise PowersteerError(f"{len(models)} networks need as many conditions, not {len(conditions)}")
+    if steering_guidance_scale is not None and not math.isfinite(steering_guidance_scale):
+        raise PowersteerError(f"steering_guidance_scale must be a finite number, not {steering_guidance_scale}")
+    sources: list[Source] = []
+    for network, picture, *span in zip(models, conditions, *spans, strict=True):
+        check_fits(network, pipe, strict_base=strict_base)
+        kept = plan_of(network) if isinstance(plan, str) else plan
+        sources.append(Source(network, backbone, picture, *span, plan=kept))
+    block = _Block(backbone, sources, pipeline, steer_unconditional, steering_guidance_scale, unconditional)
+    block.check_alone()
+    with Engine.open(backbone, outer, block):
         yield
+
+
+def check_fits(model: Adapter, pipe: DiffusionPipeline | nn.Module, *, strict_base: bool = True) -> None:
+    """Refuse a network made for another base.
+
+    Args:
+        model: The network.
+        pipe: The pipeline, or the bare U-Net, to steer.
+        strict_base: Whether to compare text width and prediction type too, which the network itself never sees.
+
+    Raises:
+        PowersteerError: Widths or depths differ, or (``strict_base``) the fingerprints.
+    """
+    if not isinstance(model, Adapter):
+        raise PowersteerError(f"a {type(model).__name__} is no adapter: give what load_adapter gives, or train one")
+    backbone, _, pipeline = _taken_apart(pipe)
+    scheduler = getattr(pipeline, "scheduler", None)
+    given = backbone.fingerprint(scheduler.config.get("prediction_type") if scheduler is not None else None)
+    spec, (widths, depths) = model.spec, backbone.shape
+    if widths != spec.widths or spec.depths not in (None, depths):
+        made, has = ("" if spec.depths is None else f", {each} ResNets a level" for each in (spec.depths, depths))
+        raise PowersteerError(
+            f"the adapter was made for {describe(spec.base)}{made}; this is {describe(given)}{has}: load the base it "
+            "was trained on"
+        )
+    if strict_base and differences(spec.base, given):
+        raise PowersteerError(
+            f"the adapter was trained on {describe(spec.base)}; this is {describe(given)}: load that base, or give "
+            "strict_base=False to try all the same"
+        )
+
+
+@dataclass
+class _Block:
+    """What one `attach` has the engine do."""
+
+    backbone: Backbone
+    sources: list[Source]
+    pipeline: Any | None
+    steer_unconditional: bool | None
+    steering_guidance_scale: float | None
+    unconditional: Sequence[bool] | None
+    clock: Clock = field(default_factory=Clock)
+    thread: int = field(default_factory=threading.get_ident)
+
+    def check_alone(self) -> None:
+        """Refuse two blocks of which one has a scale of guidance of its own."""
+        others: Any = Engine.blocks_of(self.backbone)
+        if others and any(block.steering_guidance_scale is not None for block in (self, *others)):
+            raise PowersteerError("blocks with steering_guidance_scale do not nest: give all conditions to one block")
+
+    def additions(self, call: Call, caller: Caller | None, hooks: ExitStack) -> dict[nn.Module, torch.Tensor]:
+        """See `powersteer.adapters.engine.Block`."""
+        found: dict[nn.Module, torch.Tensor] = {}
+        scheduler = getattr(self.pipeline if caller is None else caller.pipeline, "scheduler", None)
+        for source in self.sources:
+            rows = self._rows(call, caller, len(source.condition))
+            both = self.steer_unconditional
+            if both is None:
+                # A network that spares the unconditional half may meet calls that have none, as in training.
+                both = source.model.steers_unconditional or (rows.unconditional is None and caller is None)
+            spare = None if both else rows.marks()
+            evaluation = Evaluation(self.backbone, call, self.clock, rows, scheduler, spare)
+            for layer, residual in source.additions(evaluation, hooks).items():
+                found[layer] = residual if layer not in found else found[layer] + residual
+        return found
+
+    def around(self, call: Call, caller: Caller | None, prior: Run, steered: Run) -> Any:
+        """See `powersteer.adapters.engine.Block`."""
+        if self.steering_guidance_scale is None:
+            return steered()
+        if caller is not None and caller.says("guidance_rescale"):
+            raise PowersteerError("guidance_rescale and steering_guidance_scale do not go together: leave one out")
+        rows = self._rows(call, caller, len(self.sources[0].condition))
+        marks, parts = rows.marks(), len(rows.unconditional or ())
+        first, output = prior(), steered()
+        delta = (output[0] - first[0]).unflatten(0, (parts, -1))[marks[:: rows.batch // parts].index(False)]
+        # Each part shifted by the same δ, the text's: guidance of the pipeline leaves δ as it is.
+        shifted = first[0] + self.steering_guidance_scale * delta.repeat(parts, *[1] * (delta.ndim - 1))
+        return (shifted, *first[1:]) if isinstance(first, tuple) else type(first)(sample=shifted)
+
+    def _rows(self, call: Call, caller: Caller | None, count: int) -> Rows:
+        sample = call.get(self.backbone.sample)
+        look = count > 1 and caller is not None and self._begins(call)
+        return rows_of(sample, count, caller, self.unconditional, look=look)
+
+    def _begins(self, call: Call) -> bool:
+        """Whether a picture begins, as far as the timestep tells."""
+        self.clock.read(call.get(self.backbone.timestep))
+        return self.clock.fresh
+
+
+def _taken_apart(pipe: Any) -> tuple[Backbone, nn.Module, Any | None]:
+    """The backbone, the module that is called for it, and the pipeline if there is one."""
+    pipeline = pipe if isinstance(pipe, DiffusionPipeline) else None
+    candidates = [pipe] if pipeline is None else list(pipeline.components.values())
+    for module in candidates:
+        backbone = find_backbone(module) if isinstance(module, nn.Module) else None
+        if backbone is not None:
+            return backbone, module, pipeline
+    raise PowersteerError(
+        f"{type(pipe).__name__} has no UNet2DConditionModel to steer: give a Stable Diffusion pipeline or its U-Net"
+    )
+
+
+def _spread(value: float | Sequence[float], count: int, name: str) -> list[float]:
+    """One number for each network."""
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise PowersteerError(f"{name} has {len(value)} numbers for {count} networks: give one, or one for each")
+    return list(value)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from powersteer.adapters.bps.model import BPSModel
+from powersteer.adapters.protocol import Adapter
+from powersteer.adapters.registry import adapter_classes
 from powersteer.backbones.parts import load_model
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import embedded, is_file, is_folder
@@ -15,22 +17,7 @@ from powersteer.core.records import check_config
 from powersteer.core.text import read_object
 from powersteer.core.weights import shown
 
-if TYPE_CHECKING:
-    from powersteer.adapters.attach import Adapter
-    from powersteer.adapters.bps.model import BPSModel
-
 EMBEDDED_ADAPTERS = {"sketch": "powersteer-tiny-sketch"}
-_BPS = {"BPSModel": "powersteer.adapters.bps.model"}
-"""Modules of the classes that an adapter may be of, each imported when a file names its class."""
-_ANY = _BPS | {
-    "WithoutTime": "powersteer.adapters.bps.ablations",
-    "AddedOnce": "powersteer.adapters.bps.ablations",
-    "ConditionalHalf": "powersteer.adapters.bps.ablations",
-    "WithoutLatents": "powersteer.adapters.bps.ablations",
-    "ControlNetModel": "diffusers",
-    "ControlNetXSAdapter": "diffusers",
-    "ZeroStartT2IAdapter": "powersteer.adapters.baselines",
-}
 
 
 def load_adapter(name_or_path: str) -> BPSModel:
@@ -40,7 +27,7 @@ def load_adapter(name_or_path: str) -> BPSModel:
         PowersteerError: There is no such adapter, it is not a BPS network or incomplete, damaged or not finite, or a
             newer powersteer wrote it.
     """
-    return _load(name_or_path, _BPS)
+    return _load(name_or_path, {BPSModel.__name__: BPSModel})
 
 
 def load_network(name_or_path: str | Path) -> Adapter:
@@ -49,11 +36,11 @@ def load_network(name_or_path: str | Path) -> Adapter:
     Raises:
         PowersteerError: There is no such adapter, or it is incomplete, damaged or not finite.
     """
-    return _load(str(name_or_path), _ANY)
+    return _load(str(name_or_path), adapter_classes())
 
 
-def _load(name_or_path: str, known: Mapping[str, str]) -> Any:
-    """A trained adapter in evaluation mode; ``known``: name of its class → module of the class."""
+def _load(name_or_path: str, known: Mapping[str, type]) -> Any:
+    """A trained adapter in evaluation mode; ``known``: the classes it may be of, by name."""
     path = embedded(EMBEDDED_ADAPTERS[name_or_path]) if name_or_path in EMBEDDED_ADAPTERS else Path(name_or_path)
     remote = not is_folder(path)
     if remote:
@@ -69,7 +56,7 @@ def _load(name_or_path: str, known: Mapping[str, str]) -> Any:
         raise PowersteerError(f"cannot load the network in {name_or_path}: {error}") from None
 
 
-def _kind_of(file: Path, name: str, known: Mapping[str, str]) -> type:
+def _kind_of(file: Path, name: str, known: Mapping[str, type]) -> type:
     """The class of an adapter; refuse what is none, and one with settings that this version would only ignore."""
     if not is_file(file):
         raise PowersteerError(f"{name} holds no {CONFIG}: give the folder of a trained adapter, or its name on the Hub")
@@ -86,6 +73,5 @@ def _kind_of(file: Path, name: str, known: Mapping[str, str]) -> type:
         raise PowersteerError(
             f"{name} is of the class {shown(named)}, not a BPS network: give a folder that `powersteer train` wrote"
         )
-    kind = getattr(import_module(known[named]), named)
-    check_config(config, kind, name, str(file))
-    return kind
+    check_config(config, known[named], name, str(file))
+    return known[named]

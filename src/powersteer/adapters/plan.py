@@ -5,17 +5,18 @@ Every further prompt or seed under the same condition and schedule then costs no
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from weakref import WeakKeyDictionary
 
 import psutil
 import torch
 
-from powersteer.adapters.bps.model import BPSModel
+from powersteer.adapters.protocol import Adapter
 
 Residuals = list[torch.Tensor]
-"""One weighted residual (N, C, H, W) for each of the U-Net's positions, N conditions."""
+"""One weighted residual (N, C, H, W) for each of the backbone's positions, N conditions."""
+Key = tuple[str, str]
+"""Digest of network and condition, and what the time features depend on."""
 
 
 class SteeringPlan:
@@ -26,7 +27,8 @@ class SteeringPlan:
 
     Args:
         dtype: Of the kept residuals; the network's own by default, and then results are those without a plan.
-        device: Where they are kept; where the network is by default. ``cpu`` spares a GPU's memory.
+        device: Where they are kept; where the network is by default. ``cpu`` spares a GPU's memory: the residuals of
+            the next step then come to it while this one is computed.
         memory_limit: Bytes; by default a quarter of what is free there.
     """
 
@@ -43,42 +45,79 @@ class SteeringPlan:
         self.nbytes = 0
         """Bytes that the kept residuals take."""
         self._kept: OrderedDict[str, dict[str, Residuals]] = OrderedDict()
+        self._coming: tuple[Key, Residuals, torch.cuda.Event] | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __len__(self) -> int:
         """How many evaluations of the network are kept."""
         return sum(len(steps) for steps in self._kept.values())
 
-    def get(self, source: str, step: str) -> Residuals | None:
-        """What was kept under these keys, on the plan's device and in its dtype; None if nothing was."""
+    def get(self, source: str, step: str, device: torch.device | None = None) -> Residuals | None:
+        """What was kept under these keys, in the plan's dtype; None if nothing was.
+
+        Args:
+            source: Digest of network and condition.
+            step: What the time features depend on.
+            device: Where it is wanted; where it is kept by default.
+        """
         if source not in self._kept:
             return None
         self._kept.move_to_end(source)
-        return self._kept[source].get(step)
+        kept = self._kept[source].get(step)
+        if kept is None or device is None or kept[0].device == device:
+            return kept
+        coming, self._coming = self._coming, None
+        if coming is None or coming[0] != (source, step) or coming[1][0].device != device:
+            return [residual.to(device, non_blocking=residual.is_pinned()) for residual in kept]
+        _, residuals, arrived = coming
+        here = torch.cuda.current_stream(device)
+        here.wait_event(arrived)  # the GPU waits, not the program
+        for residual in residuals:
+            residual.record_stream(here)
+        return residuals
+
+    def fetch(self, source: str, step: str, device: torch.device) -> None:
+        """Have what was kept under these keys come to a GPU while it computes something else.
+
+        Args:
+            source: See `get`.
+            step: See `get`.
+            device: Where it will be wanted.
+        """
+        kept = self._kept.get(source, {}).get(step)
+        if kept is None or device.type != "cuda" or kept[0].device == device:
+            return
+        self._stream = self._stream or torch.cuda.Stream(device)
+        with torch.cuda.stream(self._stream):
+            residuals = [residual.to(device, non_blocking=True) for residual in kept]
+            self._coming = (source, step), residuals, self._stream.record_event()
 
     def put(self, source: str, step: str, residuals: Residuals) -> None:
         """Keep the residuals, if there is room or older conditions can make some.
 
         Args:
-            source: Digest of network and condition.
-            step: Digest of the timestep's embedding.
+            source: See `get`.
+            step: See `get`.
             residuals: What the network returned.
         """
-        kept = [
-            residual.to(self.device or residual.device, self.dtype or residual.dtype, copy=True)
-            for residual in residuals
-        ]
-        size = sum(tensor.nbytes for tensor in kept)
-        limit = self._limit(kept[0].device)
+        size = sum(tensor.numel() * (self.dtype or tensor.dtype).itemsize for tensor in residuals)
+        limit = self._limit(self.device or residuals[0].device)
         while self.nbytes + size > limit and any(other != source for other in self._kept):
             self._drop(next(other for other in self._kept if other != source))
         if self.nbytes + size <= limit:
-            self._kept.setdefault(source, {})[step] = kept
+            self._kept.setdefault(source, {})[step] = [self._copied(residual) for residual in residuals]
             self.nbytes += size
 
     def clear(self) -> None:
         """Forget everything."""
         self._kept.clear()
-        self.nbytes = 0
+        self._coming, self.nbytes = None, 0
+
+    def _copied(self, residual: torch.Tensor) -> torch.Tensor:
+        device, dtype = self.device or residual.device, self.dtype or residual.dtype
+        if device.type == "cpu" and residual.device.type == "cuda":
+            return torch.empty(residual.shape, dtype=dtype, pin_memory=True).copy_(residual)
+        return residual.to(device, dtype, copy=True)
 
     def _drop(self, source: str) -> None:
         steps = self._kept.pop(source)
@@ -91,24 +130,9 @@ class SteeringPlan:
         return int(self.FREE_MEMORY_SHARE * (free + self.nbytes))
 
 
-_plans: WeakKeyDictionary[BPSModel, SteeringPlan] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Adapter, SteeringPlan] = WeakKeyDictionary()
 
 
-def plan_of(model: BPSModel) -> SteeringPlan:
-    """The plan that `steer` uses for a network when it is given none; it lives as long as the network."""
-    return _plans.setdefault(model, SteeringPlan())
-
-
-def digest(*tensors: torch.Tensor) -> str:
-    """A digest of the tensors' shapes, dtypes and values."""
-    content = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        content.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return content.hexdigest()
-
-
-def weights_digest(model: BPSModel) -> str:
-    """A digest of a sample of every weight: it changes whenever training, loading or casting changed the network."""
-    samples = [p.detach().flatten()[:: max(1, p.numel() // 8)] for p in model.parameters()]
-    return digest(torch.cat(samples))
+def plan_of(adapter: Adapter) -> SteeringPlan:
+    """The plan that `attach` uses for a network when it is given none; it lives as long as the network."""
+    return _plans.setdefault(adapter, SteeringPlan())

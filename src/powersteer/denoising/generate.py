@@ -17,10 +17,9 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, Dif
 from PIL import Image
 from rich.progress import Progress
 
-from powersteer.adapters.attach import Adapter, attach, channels_of, check_adapter, factor_of, record_of
-from powersteer.adapters.bps.model import BPSModel
+from powersteer.adapters.attach import attach, check_fits
 from powersteer.adapters.load import load_network
-from powersteer.adapters.steering import steer
+from powersteer.adapters.protocol import Adapter
 from powersteer.backbones.load import load_base
 from powersteer.conditions import condition_picture
 from powersteer.conditions.files import Fit, check_condition, fit_of, fitted, read_condition
@@ -141,7 +140,7 @@ def generate(
     fit = _common_fit(settings, models)
     pipe, inputs = _pipeline(settings, fit)
     for model in models:
-        check_adapter(model, pipe)
+        check_fits(model, pipe)
         model.to(pipe.device)
     check_steps(pipe, settings.num_inference_steps, 1.0 if settings.init_image is None else settings.strength)
     latents = pipe.unet.config.sample_size
@@ -243,7 +242,7 @@ def steered_pictures(
     run: Any = pipe
     check_steps(run, num_inference_steps, inputs.get("strength", 1.0) if "image" in inputs else 1.0)
     wanted = inputs.pop("output_type", "pil")
-    with _steering(run, model, condition, len(prompts), {"scale": scale, "start": start, "end": end}):
+    with _steering(run, model, condition, {"scale": scale, "start": start, "end": end}):
         result = run(
             list(prompts),
             negative_prompt=negative,
@@ -293,27 +292,11 @@ def check_steps(pipe: Any, num_inference_steps: int, strength: float = 1.0) -> N
 
 
 def _steering(
-    pipe: Any,
-    model: Adapter | Sequence[Adapter] | None,
-    condition: Any,
-    count: int,
-    strength: dict[str, Any],
+    pipe: Any, model: Adapter | Sequence[Adapter] | None, condition: Any, strength: dict[str, Any]
 ) -> AbstractContextManager[None]:
-    """`steer` for BPS; `attach` for anything else, whose conditions are repeated for ``count`` prompts."""
-    models = [] if model is None else [model] if isinstance(model, torch.nn.Module) else list(model)
-    if not models:
-        return nullcontext()
-    other = next((one for one in models if type(one) is not BPSModel), None)
-    if other is None:
-        several: Any = model
-        return steer(pipe, several, condition, **strength)
-    plain = {"scale": 1.0, "start": 0.0, "end": 1.0}
-    if len(models) > 1 or any(value not in (plain[name], [plain[name]]) for name, value in strength.items()):
-        raise PowersteerError(
-            f"a {type(other).__name__} steers alone and at full strength: leave scale, start, end and others out"
-        )
-    alone = condition[0] if isinstance(condition, list) else condition
-    return attach(pipe.unet, other, alone if len(alone) == count else alone.expand(count, -1, -1, -1))
+    """`attach`, if there is anything to steer with."""
+    nothing = model is None or (not isinstance(model, torch.nn.Module) and not model)
+    return nullcontext() if nothing else attach(pipe, model, condition, **strength)
 
 
 def make_scheduler(name: Scheduler, own: Any) -> Any:
@@ -349,7 +332,7 @@ def _pipeline(settings: GenerateSettings, fit: Fit) -> tuple[Any, dict[str, Any]
 
 def _common_fit(settings: GenerateSettings, models: Sequence[Adapter]) -> Fit:
     """One for all conditions, init image and mask: what lies on one another must be cut alike."""
-    fits = {fit_of(channels_of(model), kind_of(model), prepared=settings.prepared) for model in models}
+    fits = {fit_of(model.spec.channels, kind_of(model), prepared=settings.prepared) for model in models}
     return "pad" if fits == {"pad"} else "crop"
 
 
@@ -382,7 +365,7 @@ def _digests(
 
 def kind_of(model: Adapter) -> str | None:
     """The kind of a network's conditions, where it is recorded."""
-    return (record_of(model).get("conditioning") or {}).get("kind")
+    return model.spec.conditioning.get("kind")
 
 
 def condition_of(
@@ -393,8 +376,8 @@ def condition_of(
     Raises:
         PowersteerError: See `read_condition`.
     """
-    side = latents * factor_of(model)
-    return read_condition(file, channels_of(model), kind_of(model), (side, side), prepared=prepared, fit=fit)
+    side = latents * model.spec.factor
+    return read_condition(file, model.spec.channels, kind_of(model), (side, side), prepared=prepared, fit=fit)
 
 
 def _for_each(name: str, values: Sequence[float], models: Sequence[Adapter]) -> list[float]:

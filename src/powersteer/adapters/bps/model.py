@@ -13,7 +13,7 @@ the head and lightly at the foot:
                                         → EP, expanding path ← ──┘
 
 Every ResBlock of CP, TP as a whole and every block of EP has its own zero-initialised output convolution: at
-step 0 the steered U-Net is exactly the prior. Residual i is added by `powersteer.adapters.steering` to every ResNet and
+step 0 the steered U-Net is exactly the prior. Residual i is added by `powersteer.adapters.attach` to every ResNet and
 every spatial transformer of U-Net block i.
 """
 
@@ -31,6 +31,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 
+from powersteer.adapters.bps.adapter import BPSAdapter
 from powersteer.adapters.bps.presets import network_shape
 from powersteer.adapters.hub import HubMixin
 from powersteer.backbones.fingerprint import fingerprint
@@ -103,7 +104,7 @@ class SelfAttention(nn.Module):
         return x + self.to_out(h.transpose(-1, -2).reshape(x.shape))
 
 
-class BPSModel(HubMixin, ConfigMixin):
+class BPSModel(BPSAdapter, HubMixin, ConfigMixin):
     """The steering network for one U-Net shape and one kind of condition; see `from_unet`.
 
     Args:
@@ -127,6 +128,7 @@ class BPSModel(HubMixin, ConfigMixin):
         base: What the network steers; see `powersteer.backbones.fingerprint`.
     """
 
+    presets = ("paper", "lite")
     _supports_gradient_checkpointing = True
     config_name = "config.json"
 
@@ -152,7 +154,7 @@ class BPSModel(HubMixin, ConfigMixin):
         base: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.gradient_checkpointing = False  # `powersteer.adapters.steering` heeds it
+        self.gradient_checkpointing = False  # `BPSAdapter.residuals` heeds it
         hidden = hidden_channels or block_out_channels
         levels = list(zip(block_out_channels, hidden, up_channels or hidden, layers_per_block, strict=True))
         groups = norm_num_groups

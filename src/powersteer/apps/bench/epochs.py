@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from powersteer.adapters.attach import attach
 from powersteer.adapters.bps.model import BPSModel
-from powersteer.adapters.steering import steer
 from powersteer.apps.bench.turns import timed
 from powersteer.backbones.load import load_base
 from powersteer.core.hardware import fast_attention, native_precision
@@ -96,7 +96,7 @@ def _epoch(pipe: Any, model: BPSModel, optimizer: torch.optim.Optimizer, encoded
         latents, condition = encoded.latents(samples).to(device), conditions_of(samples)
         noise, timesteps = torch.randn_like(latents), torch.randint(1000, (len(latents),))
         states = encoded.texts([sample.texts[0] for sample in samples])
-        with steer(pipe.unet, model, condition, plan=None), fast_attention(device.type, precision):
+        with attach(pipe.unet, model, condition, plan=None), fast_attention(device.type, precision):
             noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
             text = states["encoder_hidden_states"].to(device)
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):

@@ -20,10 +20,18 @@ from diffusers import (
 )
 from torch import nn
 
-from powersteer.adapters.baselines import make_controlnet
+from powersteer.adapters.attach import attach
 from powersteer.adapters.plan import SteeringPlan
-from powersteer.adapters.steering import steer
-from powersteer.apps.bench.shapes import Shape, compile_in_place, make_bps, make_t2i_adapter, make_unet, make_vae, twin
+from powersteer.apps.bench.shapes import (
+    Shape,
+    compile_in_place,
+    make_bps,
+    make_controlnet,
+    make_t2i_adapter,
+    make_unet,
+    make_vae,
+    twin,
+)
 from powersteer.apps.bench.turns import OUT_OF_MEMORY, Step, chosen, is_cuda, must_fit, release, take_turns, timed
 from powersteer.backbones.load import EMBEDDED_BASE, base_configs
 from powersteer.core.hardware import machine
@@ -246,7 +254,7 @@ def _bps(scene: _Scene, preset: str, *, first: bool) -> Generator[Step]:
     def generate() -> None:
         if first:
             plan.clear()
-        with steer(pipe, model, condition, plan=plan):
+        with attach(pipe, model, condition, plan=plan):
             pipe(**scene.inputs)
 
     yield generate

@@ -11,6 +11,8 @@ from diffusers import AutoencoderKL, T2IAdapter, UNet2DConditionModel
 from torch import nn
 
 from powersteer.adapters.bps.model import BPSModel
+from powersteer.adapters.protocol import Adapter
+from powersteer.adapters.registry import make_adapter
 from powersteer.backbones.load import EMBEDDED_BASE, base_configs
 
 Shape = Literal["tiny", "sd15", "sdxl"]
@@ -74,6 +76,16 @@ def twin(unet: Network) -> Network:
 def compile_in_place(module: nn.Module) -> None:
     """Let ``torch.compile`` have the module at its first call, for the shapes it is given then."""
     module.compile(dynamic=False, **({"isolate_recompiles": True} if ISOLATES else {}))
+
+
+def make_controlnet(unet: UNet2DConditionModel, factor: int) -> Adapter:
+    """Diffusers' ControlNet for a U-Net."""
+    return make_adapter(unet, preset="controlnet", pixel_unshuffle=factor)
+
+
+def make_controlnet_xs(unet: UNet2DConditionModel, factor: int) -> Any:
+    """Diffusers' ControlNet-XS for a U-Net."""
+    return make_adapter(unet, preset="controlnet-xs", pixel_unshuffle=factor)
 
 
 def make_t2i_adapter(unet: UNet2DConditionModel, factor: int, shape: Shape) -> T2IAdapter:

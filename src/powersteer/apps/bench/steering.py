@@ -12,10 +12,18 @@ import torch
 from diffusers import UNet2DConditionModel, UNetControlNetXSModel
 from torch import nn
 
-from powersteer.adapters.baselines import make_controlnet, make_controlnet_xs
+from powersteer.adapters.attach import attach
 from powersteer.adapters.plan import SteeringPlan
-from powersteer.adapters.steering import steer
-from powersteer.apps.bench.shapes import Shape, compile_in_place, make_bps, make_t2i_adapter, make_unet, twin
+from powersteer.apps.bench.shapes import (
+    Shape,
+    compile_in_place,
+    make_bps,
+    make_controlnet,
+    make_controlnet_xs,
+    make_t2i_adapter,
+    make_unet,
+    twin,
+)
 from powersteer.apps.bench.turns import (
     OUT_OF_MEMORY,
     Step,
@@ -240,7 +248,7 @@ def _bps(scene: _Scene, preset: str, kind: Literal["not shared", "shared", "warm
     sketch = scene.random(1, 1)
     condition = sketch.expand(len(scene.sample), -1, -1, -1) if kind == "not shared" else sketch
     plan = SteeringPlan() if kind == "warm plan" else None
-    with steer(unet, model, condition, plan=plan):
+    with attach(unet, model, condition, plan=plan):
         yield _Way(scene.step_of(unet), plan=plan, **scene.counted(model))
 
 

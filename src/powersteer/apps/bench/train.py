@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from powersteer.adapters.baselines import make_controlnet
+from powersteer.adapters.attach import attach
 from powersteer.adapters.bps.model import BPSModel
-from powersteer.adapters.steering import steer
 from powersteer.apps.bench.epochs import LEARNING_RATE, STORED, Epochs, bench_epochs
-from powersteer.apps.bench.shapes import Shape, make_t2i_adapter, make_unet
+from powersteer.apps.bench.shapes import Shape, make_controlnet, make_t2i_adapter, make_unet
 from powersteer.apps.bench.turns import OUT_OF_MEMORY, chosen, is_cuda, must_fit, release, take_turns
 from powersteer.core.hardware import fast_attention, machine
 from powersteer.core.memory import TensorBytes
@@ -200,7 +199,7 @@ class _Scene:
 
         if name.startswith("BPS"):
             model: Any = BPSModel.from_unet(unet, pixel_unshuffle=self.factor, preset=_preset(name))
-            context = partial(steer, unet, model, sketch, plan=None)
+            context = partial(attach, unet, model, sketch, plan=None)
             return _Trainee(model.train(), denoise, target, self.precision, context)
         if name == "ControlNet":
             controlnet: Any = make_controlnet(unet, self.factor)

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from powersteer.adapters.attach import Adapter
+from powersteer.adapters.protocol import Adapter
 from powersteer.conditions.fidelity.lines import line_f1
 from powersteer.core.pictures import as_bytes, from_pil
 from powersteer.data.conditioning import Conditioning
 from powersteer.data.pairs import condition_values
 from powersteer.denoising.generate import steered_pictures
 from powersteer.denoising.heldout import Gap, HeldOut
-from powersteer.denoising.objective import noise_schedule
+from powersteer.denoising.objective import objective_of
 from powersteer.evaluation.figures import STEERED
 from powersteer.evaluation.information import denoiser_errors, measure_information
 from powersteer.evaluation.measures import fidelity as measured_fidelity
@@ -95,8 +95,8 @@ def information(trial: Trial) -> dict[str, float]:
         return {"nats": 0.0}
     pairs = trial.held_out.pairs
     errors = denoiser_errors(trial.pipe, trial.network, pairs)
-    alphas = noise_schedule(trial.pipe).alphas_cumprod
-    found = measure_information(errors, alphas, len(pairs), draws=INFORMATION_DRAWS)
+    objective = objective_of(trial.pipe.scheduler)
+    found = measure_information(errors, objective, len(pairs), draws=INFORMATION_DRAWS)
     return {
         "nats": found.steered.mean,
         "nats_error": found.steered.error,

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from powersteer.adapters.attach import Adapter, attach, make_adapter
+from powersteer.adapters.attach import attach
+from powersteer.adapters.protocol import Adapter
+from powersteer.adapters.registry import make_adapter
 from powersteer.apps.bench.posterior.learning import BATCH, Learner
 from powersteer.apps.bench.posterior.world import BANDS, Noisy, Pairs, World, predict
 

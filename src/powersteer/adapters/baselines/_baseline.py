@@ -1,0 +1,66 @@
+"""What the networks of diffusers have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from powersteer.adapters.protocol import Adapter, Spec
+from powersteer.backbones.fingerprint import fingerprint
+from powersteer.core.records import BASELINE_RECORD
+
+
+class Baseline(Adapter):
+    """A network of diffusers' own, whose config keeps what powersteer knows of it under one key."""
+
+    config: Any
+
+    @property
+    def spec(self) -> Spec:
+        """What it was made for."""
+        known: Mapping[str, Any] = self.config.get(BASELINE_RECORD) or {}
+        widths, conditioning = self.base_widths, known.get("conditioning") or {}
+        return Spec(
+            channels=conditioning.get("channels") or self.reads,
+            reads=self.reads,
+            factor=self.factor,
+            widths=widths,
+            depths=None,
+            base={"block_out_channels": widths, **(known.get("base") or {})},
+            conditioning=conditioning,
+        )
+
+    @property
+    def reads(self) -> int:
+        """Channels that it reads."""
+        return self.config["conditioning_channels"]
+
+    @property
+    def factor(self) -> int:
+        """Condition pixels per latent pixel, along each side."""
+        return 2 ** (len(self.config["conditioning_embedding_out_channels"]) - 1)
+
+    @property
+    def base_widths(self) -> list[int]:
+        """Block widths of the U-Net that it was made for."""
+        return list(self.config["block_out_channels"])
+
+    def remember(self: Any, unet: Any, prediction_type: str | None, conditioning: Mapping[str, Any] | None) -> Any:
+        """Record what it was made for; itself."""
+        known = {"base": fingerprint(unet, prediction_type), "conditioning": conditioning}
+        self.register_to_config(**{BASELINE_RECORD: known})
+        return self
+
+
+def conditioning_widths(factor: int) -> tuple[int, ...]:
+    """The widths of the embedding through which ControlNet reads a condition, for the VAE's scale factor."""
+    return (16, 32, 96, 256)[: factor.bit_length()]
+
+
+def in_precision(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in the network's precision, however deeply they are packed."""
+    if isinstance(value, dict):
+        return {name: in_precision(inner, dtype) for name, inner in value.items()}
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -1,0 +1,206 @@
+"""Calls of a frozen backbone, intercepted: residuals are evaluated before its forward begins, and added within it.
+
+Within a block, a backbone's module carries one entry more in its ``__dict__``, ``_compiled_call_impl``, which
+`torch.nn.Module.__call__` heeds and which neither copies nor pickles take along. Hooks are on layers for the length
+of a call only (until the next one where gradient checkpointing runs layers again). All this happens outside of what
+``torch.compile`` made, so that nothing breaks its graph; the hooks and their keys are the same ones every time, so that
+nothing is compiled anew.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+import torch._dynamo.config
+from torch import nn
+
+from powersteer.adapters.rows import Caller
+from powersteer.backbones.protocol import Backbone, Call
+
+# A U-Net compiled before a block would else run without the block's hooks, and say nothing.
+torch._dynamo.config.skip_nnmodule_hook_guards = False
+
+CALL = "_compiled_call_impl"
+KEY: Any = "powersteer"
+"""Of hooks: a fixed one, for a new one each time would have compiled code look for other hooks."""
+
+Run = Callable[[], Any]
+
+
+class Block(Protocol):
+    """What an open `attach` block has the engine do."""
+
+    thread: int
+
+    def additions(self, call: Call, caller: Caller | None, hooks: ExitStack) -> dict[nn.Module, torch.Tensor]:
+        """What to add to which layer's output in this call, (1 or B, C, h, w)."""
+        ...
+
+    def around(self, call: Call, caller: Caller | None, prior: Run, steered: Run) -> Any:
+        """The call's result, from the backbone as it is and as it is steered."""
+        ...
+
+
+class Site:
+    """The hook of one layer: adds its residual to the output, in the thread that steers."""
+
+    def __init__(self) -> None:
+        self.residual: torch.Tensor | None = None
+        self.thread: int | None = None
+        """None where any thread may run the layer: autograd's, that recompute it."""
+
+    def __call__(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        """The layer's output, steered; None leaves it as it is."""
+        if self.residual is None:
+            return None
+        if not torch.compiler.is_compiling() and self.thread not in (None, threading.get_ident()):
+            return None
+        return added(output, self.residual)
+
+
+def added(output: Any, residual: torch.Tensor) -> Any:
+    """``residual`` added to what a layer gave: a tensor, a tuple that begins with one, or an output with a sample."""
+    if isinstance(output, torch.Tensor):
+        return output + residual.to(output.dtype)
+    if isinstance(output, tuple):
+        return (added(output[0], residual), *output[1:])
+    output.sample = added(output.sample, residual)
+    return output
+
+
+_sites: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
+"""Of every layer that was ever steered, for compiled code knows them by identity."""
+_engines: WeakKeyDictionary[nn.Module, Engine] = WeakKeyDictionary()
+_opening = threading.RLock()  # the garbage collector may close a block at any moment
+
+
+class Engine:
+    """The open blocks of one backbone; it exists while there are any."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.blocks: list[Block] = []
+        self._intercepted: dict[nn.Module, tuple[int, Any]] = {}
+        """How many blocks intercept a module, and what it had in the place of the interception."""
+        self._lock = threading.RLock()
+        self._inside = False
+        self._hooks = ExitStack()
+        """What the last call left to be taken back."""
+
+    @classmethod
+    @contextmanager
+    def open(cls, backbone: Backbone, outer: nn.Module, block: Block) -> Iterator[None]:
+        """Within it, the block steers calls of the backbone, and of what ``torch.compile`` wrapped around it."""
+        modules = list(dict.fromkeys([backbone.module, outer]))
+        with _opening:
+            engine = _engines.setdefault(backbone.module, cls(backbone))
+            engine.blocks.append(block)
+            for module in modules:
+                engine._intercept(module)
+        try:
+            yield
+        finally:
+            with _opening, engine._lock:
+                engine._hooks.close()
+                engine.blocks.remove(block)
+                for module in modules:
+                    engine._let_go(module)
+                if not engine.blocks:
+                    del _engines[backbone.module]
+
+    @staticmethod
+    def blocks_of(backbone: Backbone) -> list[Block]:
+        """The blocks that are open on it in this thread."""
+        engine, me = _engines.get(backbone.module), threading.get_ident()
+        return [] if engine is None else [block for block in engine.blocks if block.thread == me]
+
+    def _intercept(self, module: nn.Module) -> None:
+        count, original = self._intercepted.get(module, (0, module.__dict__.get(CALL)))
+        self._intercepted[module] = count + 1, original
+        module.__dict__[CALL] = torch.compiler.disable(
+            partial(self._call, module), recursive=False, reason="compile it before it is steered"
+        )
+
+    def _let_go(self, module: nn.Module) -> None:
+        count, original = self._intercepted[module]
+        if count > 1:
+            self._intercepted[module] = count - 1, original
+            return
+        del self._intercepted[module], module.__dict__[CALL]
+        if original is not None:
+            module.__dict__[CALL] = original
+
+    def _call(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """A call of the backbone, or of what is wrapped around it."""
+        with self._lock:  # held by this thread alone, whose calls within a call are the backbone's own
+            blocks = [] if self._inside else self.blocks_of(self.backbone)
+            if not blocks:
+                return self._plain(module, args, kwargs)
+            self._inside = True
+            try:
+                return self._steered(module, args, kwargs, blocks)
+            finally:
+                self._inside = False
+
+    def _plain(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _, original = self._intercepted[module]
+        inner = self.backbone.module
+        if original is not None:
+            return original(*args, **kwargs)
+        if module is inner:
+            return module._call_impl(*args, **kwargs)
+        # Compiled code begins at the inner module's call, where it must find nothing of ours.
+        ours = inner.__dict__.pop(CALL)
+        try:
+            return module._call_impl(*args, **kwargs)
+        finally:
+            inner.__dict__[CALL] = ours
+
+    def _steered(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: list[Block]) -> Any:
+        call, caller = self.backbone.call(args, kwargs), Caller.find(depth=3)
+
+        def prior() -> Any:
+            self._hooks.close()
+            return self._plain(module, args, kwargs)
+
+        def steered() -> Any:
+            self._hooks.close()
+            try:
+                total: dict[nn.Module, torch.Tensor] = {}
+                sums: dict[tuple[int, int], torch.Tensor] = {}
+                for block in blocks:
+                    for layer, residual in block.additions(call, caller, self._hooks).items():
+                        before = total.get(layer)
+                        if before is not None:  # layers that share a residual share its sum
+                            key = id(before), id(residual)
+                            residual = sums[key] if key in sums else sums.setdefault(key, before + residual)
+                        total[layer] = residual
+                self._place(total)
+                return self._plain(module, call.args, call.kwargs)
+            finally:
+                if not (torch.is_grad_enabled() and self.backbone.recomputes):
+                    self._hooks.close()
+
+        return blocks[-1].around(call, caller, prior, steered)
+
+    def _place(self, additions: dict[nn.Module, torch.Tensor]) -> None:
+        thread = None if torch.is_grad_enabled() else threading.get_ident()
+        placed: list[tuple[nn.Module, Site]] = []
+
+        def take_back() -> None:
+            for layer, site in placed:
+                del layer._forward_hooks[KEY]
+                site.residual = None
+
+        self._hooks.callback(take_back)
+        for layer, residual in additions.items():
+            site = _sites.get(layer) or _sites.setdefault(layer, Site())
+            site.residual, site.thread = residual, thread
+            layer._forward_hooks[KEY] = site
+            placed.append((layer, site))

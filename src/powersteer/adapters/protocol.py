@@ -1,0 +1,120 @@
+"""What the house asks of an adapter: a network that steers a frozen backbone.
+
+A new kind of network is one file in this folder, with a subclass of `Adapter`. Nothing else asks which it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from powersteer.backbones.protocol import Backbone, Call
+
+Strength = float | torch.Tensor
+"""A number, or one for each row of the batch: (B, 1, 1, 1)."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a network was made for."""
+
+    channels: int
+    """Of the conditions."""
+    reads: int
+    """Channels that the network itself takes; a condition of one serves as three."""
+    factor: int
+    """Condition pixels per latent pixel, along each side."""
+    widths: list[int]
+    """Of the backbone's levels."""
+    depths: list[int] | None
+    """Layers in each level; None where the network does not depend on it."""
+    base: Mapping[str, Any]
+    """See `powersteer.backbones.fingerprint`; block widths at least."""
+    conditioning: Mapping[str, Any]
+    """Kind, range, polarity and palette, as far as they were recorded."""
+
+
+class Adapter(nn.Module):
+    """A network that steers; a mixin for diffusers' models.
+
+    There are two kinds. What reads the condition and the time alone gives residuals, which are shared by the rows of a
+    batch and kept for the next prompt: `residuals` and `sites`. What reads the latents or the text too is evaluated for
+    every call and has a hand in it: `intervene`.
+    """
+
+    presets: ClassVar[tuple[str, ...]] = ()
+    """Its names in a configuration."""
+    ablation: ClassVar[str | None] = None
+    """What it leaves out, by the configuration's name."""
+    steers_unconditional: ClassVar[bool] = True
+    """Whether both halves of classifier-free guidance are steered, unless one says otherwise."""
+    reads_time: ClassVar[bool] = True
+    reads_call: ClassVar[bool] = False
+    """Whether latents and text are read too."""
+
+    @classmethod
+    def from_base(
+        cls,
+        unet: Any,
+        *,
+        preset: str,
+        conditioning_channels: int,
+        pixel_unshuffle: int,
+        prediction_type: str | None = None,
+        conditioning: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """An untrained network, which steers nothing yet.
+
+        Args:
+            unet: What it will steer.
+            preset: One of ``presets``.
+            conditioning_channels: Channels of the condition.
+            pixel_unshuffle: The VAE's scale factor.
+            prediction_type: The scheduler's, recorded with the base.
+            conditioning: What the condition is; recorded, too.
+            **options: Of one kind of network; others have no use for them.
+        """
+        raise NotImplementedError
+
+    @property
+    def spec(self) -> Spec:
+        """What it was made for."""
+        raise NotImplementedError
+
+    def save_activation_memory(self: Any) -> None:
+        """Gradient checkpointing, in networks that know it."""
+        if self._supports_gradient_checkpointing:
+            self.enable_gradient_checkpointing()
+
+    def sites(self, backbone: Backbone) -> Iterable[tuple[int, nn.Module]]:
+        """The layers that residuals are added to, with the residual's position."""
+        return backbone.sites()
+
+    def residuals(self, condition: torch.Tensor, time_embedding: torch.Tensor) -> list[torch.Tensor]:
+        """One residual (N, C, H, W) a position.
+
+        Args:
+            condition: (N, C, H, W).
+            time_embedding: (N, D) or (1, D), the backbone's own.
+        """
+        raise NotImplementedError
+
+    def intervene(
+        self, backbone: Backbone, call: Call, condition: torch.Tensor, strength: Strength, hooks: ExitStack
+    ) -> None:
+        """Have a hand in one call: extend ``call.kwargs``, or put hooks on layers until ``hooks`` close.
+
+        Args:
+            backbone: What is called.
+            call: The call.
+            condition: (B, C, H, W), one for each row.
+            strength: Of the steering.
+            hooks: Closes when the call is over.
+        """
+        raise NotImplementedError
