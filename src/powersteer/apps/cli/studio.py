@@ -38,10 +38,12 @@ def studio(
     from powersteer.apps.studio.serve import end_on_signals, served
 
     end_on_signals()
-    with served(base, adapter or [], adapters_dir, host=host, port=port, auth=auth) as address:
+    with (
+        served(base, adapter or [], adapters_dir, host=host, port=port, auth=auth) as address,
+        suppress(KeyboardInterrupt),
+    ):
         show(f"the studio is at {address} (Ctrl-C ends it)")
-        with suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        threading.Event().wait()
 
 
 def demo(
