@@ -19,18 +19,16 @@ from powersteer.backbones.parts import (
     SCHEDULER_CONFIG,
     check_fit,
     check_tokenizer,
-    load_model,
     load_parts,
     load_tokenizer,
     quiet,
     read_index,
     stems,
 )
-from powersteer.backbones.single_file import SUFFIXES, SingleFile, check_configuration, load_networks, look_at
+from powersteer.backbones.single_file import SUFFIXES, SingleFile, check_config, load_networks, look_at
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import embedded, is_file, is_folder, reason_of
-from powersteer.core.hub import CONFIG, WEIGHTS, fetch, fetch_weights
-from powersteer.core.records import check_config
+from powersteer.core.hub import CONFIG, fetch, fetch_weights
 from powersteer.core.text import read_object
 from powersteer.core.weights import check_sizes, filled, read_tensors, shown
 
@@ -191,7 +189,7 @@ def _find_config(file: SingleFile, config: str | None) -> Found:
         if is_file(Path(name)):
             raise PowersteerError("it is a file, not a folder in diffusers' layout")
         found = find_base(name, weights=False)
-        check_configuration(file, found.folder, found.kinds)
+        check_config(file, found.folder, found.kinds)
     except PowersteerError as error:
         hint = "" if config else ": give `config`, a folder in diffusers' layout or a model of the Hub of this family"
         raise PowersteerError(
@@ -207,52 +205,6 @@ def _assembled(found: Found, parts: Mapping[str, Any]) -> Any:
             return DiffusionPipeline.from_pretrained(str(found.folder), **parts, **absent)
     except Exception as error:  # the pipeline's own checks of its parts and options
         raise PowersteerError(f"its parts make no pipeline ({reason_of(error)})") from None
-
-
-def load_saved(name_or_path: str, known: Mapping[str, type]) -> Any:
-    """A trained network of one of these classes, in evaluation mode.
-
-    Args:
-        name_or_path: See `load_adapter`.
-        known: Classes by their names in config.json.
-
-    Raises:
-        PowersteerError: See `load_adapter`.
-    """
-    path = Path(name_or_path)
-    remote = not is_folder(path)
-    if remote:
-        if is_file(path):
-            raise PowersteerError(f"{name_or_path} is a file: give the folder of a trained adapter")
-        path = fetch(name_or_path, CONFIG)  # before the weights: those of something else may be many gigabytes
-    kind = _kind_of(path / CONFIG, name_or_path, known)
-    if remote:
-        path = fetch(name_or_path, CONFIG, WEIGHTS)
-    try:
-        return load_model(path, kind).eval()
-    except PowersteerError as error:
-        raise PowersteerError(f"cannot load the network in {name_or_path}: {error}") from None
-
-
-def _kind_of(file: Path, name: str, known: Mapping[str, type]) -> type:
-    """The class of a network; refuse what is no adapter, and one with settings that this version would only ignore."""
-    if not is_file(file):
-        raise PowersteerError(f"{name} holds no {CONFIG}: give the folder of a trained adapter, or its name on the Hub")
-    try:
-        config = read_object(file)
-    except PowersteerError as error:
-        raise PowersteerError(
-            f"cannot load the network in {name}: its {CONFIG} is not an adapter's ({error})"
-        ) from None
-    named = config.get("_class_name")
-    if not isinstance(named, str):
-        raise PowersteerError(f"cannot load the network in {name}: its {CONFIG} is not an adapter's (no class)")
-    if named not in known:
-        raise PowersteerError(
-            f"{name} is of the class {shown(named)}, not a BPS network: give a folder that `powersteer train` wrote"
-        )
-    check_config(config, known[named], name, str(file))
-    return known[named]
 
 
 def load_clip(base: Path) -> tuple[CLIPModel, CLIPTokenizer]:

@@ -171,7 +171,7 @@ def look_at(path: Path) -> SingleFile:
     return SingleFile(path, shapes, said, begins[0])
 
 
-def check_configuration(file: SingleFile, folder: Path, kinds: Mapping[str, type]) -> None:
+def check_config(file: SingleFile, folder: Path, kinds: Mapping[str, type]) -> None:
     """Refuse a configuration that is another base's.
 
     Args:
