@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from messages import Message, by_marker, messages
 
 HELP_MARKER = "<!-- help of every command -->"
+KEYS_MARKER = re.compile(r"<!-- keys of (powersteer[\w.]*)\.(\w+) -->")
 MATH = re.compile(r"^```math\n(.*?)^```$", re.M | re.S)
 
 
@@ -38,6 +40,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill in what pages leave to their sources."""
     if HELP_MARKER in markdown:
         markdown = markdown.replace(HELP_MARKER, help_texts())
+    markdown = KEYS_MARKER.sub(lambda found: keys_table(found[1], found[2]), markdown)
     if "<!-- messages" in markdown:
         markdown = with_messages(markdown, messages())
     return MATH.sub(lambda found: f'<div class="equation">{convert(found[1].strip(), display="block")}</div>', markdown)
@@ -70,6 +73,18 @@ def with_messages(page: str, found: list[Message]) -> str:
         items = "\n".join(f"- ``{text} ``" for text in texts)
         page = page.replace(marker, f'<div class="messages" markdown>\n\n{items}\n\n</div>')
     return page
+
+
+def keys_table(module: str, name: str) -> str:
+    """A table of a settings class: each key, its default and its description."""
+    from powersteer.apps.cli.options import default_of, described
+
+    kind = getattr(import_module(module), name)
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for key, info in kind.model_fields.items():
+        default = "required" if info.is_required() else f"`{default_of(kind, key) or 'null'}`"
+        rows.append(f"| `{key}` | {default} | {described(kind, key)} |")
+    return "\n".join(rows)
 
 
 def help_texts() -> str:

@@ -66,44 +66,54 @@ class TuningConfig(StrictConfig):
     """The sweep that chooses a learning rate for each method, by the loss on the validation split."""
 
     learning_rates: tuple[float, ...] = Field(default=(3e-4, 1e-3, 3e-3), min_length=1)
+    """Learning rates to try. Three or more go on past an end while the lowest loss lies there."""
     pairs: int = Field(default=200, gt=0)
+    """Number of training pairs."""
     max_train_steps: int = Field(default=200, gt=0)
+    """Number of optimizer updates."""
     seed: int = 1000
+    """Seed of the runs."""
 
 
 class ExperimentConfig(StrictConfig):
     """One experiment."""
 
     name: str
+    """Title of the report."""
     description: str = ""
-    """What is compared, in words for the report."""
+    """What is compared, for the report."""
     findings: str = ""
-    """What came out, in Markdown for the report; written when it is known."""
+    """Findings in Markdown, for the report; written when they are known."""
     data_dir: Path | None = None
-    """A folder of ``train``, ``validation`` and ``test``; by default OpenMoji's drawings, made in ``output_dir``."""
+    """Folder with ``train``, ``validation`` and ``test``. By default OpenMoji's drawings, prepared in
+    ``output_dir``."""
     output_dir: Path
-    """Where runs and their weights are written."""
+    """Folder for runs and their weights."""
     results_dir: Path
-    """Where one JSON for each run, and the grids, are written. Experiments that share folders, ``train`` and ``tuning``
-    share the runs of methods of the same name."""
+    """Folder for one JSON per run, and the grids. Experiments with the same folders, ``train`` and ``tuning`` share the
+    runs of methods of the same name."""
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
-    """Keys of `TrainConfig` by which each method differs; one that gives a learning rate has no sweep."""
+    """Keys of `TrainConfig` by which each method differs. A method with a learning rate has no sweep."""
     rates_of: dict[str, str] = Field(default_factory=dict)
     """Methods that take the learning rate of another, of which they are a variant, instead of a sweep of their own."""
     reference: str | None = None
-    """The method that the report sets the others against."""
+    """Method that the report compares the others with."""
     train: dict[str, Any] = Field(default_factory=dict)
-    """Keys of `TrainConfig` that hold for all methods."""
+    """Keys of `TrainConfig` for all methods."""
     pairs: tuple[int | Literal["all"], ...] = Field(min_length=1)
+    """Numbers of training pairs."""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    """Seeds: one run each."""
     tuning: TuningConfig = TuningConfig()
+    """Sweep of learning rates."""
     metrics: tuple[str, ...] = ("information", "denoising", "lines")
-    """What is measured: names in `METRICS`."""
+    """What to measure: names in `METRICS`."""
     test_pairs: int | None = Field(default=None, gt=1)
-    """How many pairs of the test split are used, evenly spread; all of them by default."""
+    """Number of test pairs to use, evenly spread. All by default."""
     pictures: int = Field(default=40, gt=0)
-    """Test pairs that pictures are made for, where a metric wants some."""
+    """Number of test pairs to make pictures for, where a metric needs some."""
     grid_rows: int = Field(default=6, ge=0)
+    """Number of rows of the grid of pictures."""
 
     def sighted(self, method: str) -> str | None:
         """For a method that is not shown the condition: the one that is, and is otherwise the same, if there is one."""

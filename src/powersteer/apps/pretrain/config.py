@@ -19,18 +19,24 @@ class PretrainConfig(StrictConfig):
     """`powersteer pretrain CONFIG.yaml`."""
 
     output_dir: Path
+    """Folder for the base and its stages."""
     minutes: float | None = Field(default=None, ge=0, le=1e6)
-    """How long the whole command takes: the U-Net learns until then, if its ``steps`` do not come before. With 0
-    nothing more is learned, and what was learned before becomes a base."""
+    """Time for the whole command, in minutes: the U-Net trains until then, or until its ``steps`` are done. 0 trains no
+    more, and makes a base of what was trained before."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of all stages."""
     init_from: str | None = None
-    """Go on from a finished base: its tokenizer, CLIP and VAE are taken as they are, its U-Net trained further."""
+    """Continue from a finished base: keep its tokenizer, CLIP and VAE, and train its U-Net further."""
     data: DataConfig
+    """Icon sets to train on."""
     tokenizer: TokenizerConfig = TokenizerConfig()
+    """Tokenizer."""
     clip: CLIPConfig | None = None
+    """CLIP. Needed without ``init_from``."""
     vae: VAEConfig | None = None
-    """Like ``clip``, needed unless there is ``init_from``."""
+    """VAE. Needed without ``init_from``."""
     unet: UNetConfig
+    """U-Net."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

@@ -51,17 +51,17 @@ class IconSource(StrictConfig):
     package: str | None = None
     """npm package, with its version: ``@iconify-json/noto@1.2.9``."""
     folder: Path | None = None
-    """Pictures with captions, in any layout that training reads; conditions are not looked at."""
+    """Folder of pictures with captions, in any layout that training reads; conditions are ignored."""
     style: str = Field(min_length=1)
-    """The word that names this set in captions."""
+    """Word for this set in captions."""
     use: Literal["all", "codec"] = "all"
     """``codec``: only the VAE sees its pictures, and the text encoder its names (outlined user-interface icons)."""
     squashed_names: bool = False
-    """The set writes its names without word breaks; icons whose name no other source can split are left out."""
+    """Split names that have no word breaks; icons whose name no other source can split are left out."""
     stroke_width: float | None = None
-    """Redraw strokes at this width, in the icon's own units."""
+    """Redraw strokes at this width, in the icon's units."""
     recolour: str | None = None
-    """Replace this fill colour by one drawn for each icon."""
+    """Replace this fill colour by a random one for each icon."""
 
     @model_validator(mode="after")
     def _one_place(self) -> IconSource:
@@ -75,10 +75,11 @@ class DataConfig(StrictConfig):
 
     sources: list[IconSource] = Field(min_length=1)
     resolution: int = Field(default=64, ge=16, le=1024)
-    """Pixels a side of every picture."""
+    """Side of every picture, in pixels."""
     held_out_per_mille: int = Field(default=50, ge=1, le=500)
-    """How many names in a thousand are held out, of every source alike."""
+    """Number of names in a thousand to hold out, the same in every source."""
     exclude_categories: tuple[str, ...] = ("Flags", "Modifiers")
+    """Categories of icons to leave out."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ class TokenizerConfig(StrictConfig):
     """The vocabulary."""
 
     vocab_size: int = Field(default=8192, ge=600, le=2**20)
+    """Number of tokens."""
     icon_weight: int = Field(default=30, ge=1, le=1000)
-    """How often an icon's caption counts against a word of the teacher's vocabulary."""
+    """Weight of an icon's caption against a word of the teacher's vocabulary."""
 
 
 def train_tokenizer(config: TokenizerConfig, icons: Sequence[Icon], teacher: Teacher, stage_dir: Path) -> CLIPTokenizer:
