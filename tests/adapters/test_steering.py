@@ -4,7 +4,9 @@ from PIL import Image, ImageDraw
 
 from powersteer import PowersteerError, steer
 from powersteer.backbones.protocol import backbone_of
-from powersteer.denoising.generate import GenerateSettings, generate, steered_pictures
+from powersteer.denoising.sampling.generate import generate
+from powersteer.denoising.sampling.sample import steered_pictures
+from powersteer.denoising.settings import GenerateSettings
 
 
 def drawing(x: int) -> Image.Image:

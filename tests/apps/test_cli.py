@@ -19,8 +19,9 @@ from powersteer.conditions.files import read_condition
 from powersteer.core.config import load_config
 from powersteer.core.errors import PowersteerWarning
 from powersteer.data.pairs import Pairs
-from powersteer.denoising.generate import GenerateSettings, PictureJob, steered_pictures
-from powersteer.denoising.generate import generate as generate_pictures
+from powersteer.denoising.sampling.generate import generate as generate_pictures
+from powersteer.denoising.sampling.sample import steered_pictures
+from powersteer.denoising.settings import GenerateSettings, PictureJob
 from powersteer.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -394,7 +395,7 @@ def test_drawing_photo_and_mask_are_fitted_alike(monkeypatch, tmp_path, base_dir
         seen.update(condition=conditions[0][0, 0], **inputs)
         return [Image.new("RGB", (32, 32))]
 
-    monkeypatch.setattr("powersteer.denoising.generate.steered_pictures", steered)
+    monkeypatch.setattr("powersteer.denoising.sampling.sampler.steered_pictures", steered)
     files = {}
     for name, mark, ground in (("drawing", "black", "white"), ("photo", "red", "blue"), ("mask", "white", "black")):
         picture = Image.new("RGB", (200, 100), ground)

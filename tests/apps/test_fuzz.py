@@ -36,8 +36,8 @@ from powersteer.core.images import open_picture
 from powersteer.data.conditioning import conditioning_of
 from powersteer.data.layouts import Columns, read_rows
 from powersteer.data.stream import read_shard
-from powersteer.denoising.generate import read_manifest
-from powersteer.denoising.metadata import SETTINGS_KEY, read_metadata
+from powersteer.denoising.sampling.jobs import read_manifest
+from powersteer.denoising.sampling.metadata import SETTINGS_KEY, read_metadata
 from powersteer.training.config import TrainConfig
 
 pytestmark = pytest.mark.slow

@@ -22,8 +22,8 @@ from powersteer.apps.studio.training import Training
 from powersteer.apps.studio.wishes import Wanted, Wish
 from powersteer.apps.studio.work import AS_IT_IS, Result, Studio, as_data_url, pixel_spread
 from powersteer.conditions.sketch import sketch_condition
-from powersteer.denoising.generate import steered_pictures
-from powersteer.denoising.metadata import CONDITIONS_KEY, SETTINGS_KEY, read_metadata, save_picture
+from powersteer.denoising.sampling.metadata import CONDITIONS_KEY, SETTINGS_KEY, read_metadata, save_picture
+from powersteer.denoising.sampling.sample import steered_pictures
 
 
 def drawing(shift: int = 0) -> str:

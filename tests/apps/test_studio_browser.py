@@ -17,7 +17,7 @@ from conftest import draw_pairs
 from powersteer.apps.bench.studio import ARGUMENTS, CHROMIUM
 from powersteer.apps.studio.folders import PREFIX
 from powersteer.apps.studio.serve import served
-from powersteer.denoising.metadata import read_metadata
+from powersteer.denoising.sampling.metadata import read_metadata
 
 playwright = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")

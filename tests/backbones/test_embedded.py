@@ -17,7 +17,7 @@ from powersteer.core.files import embedded
 from powersteer.core.pictures import from_pil
 from powersteer.data.pairs import Pairs
 from powersteer.data.prepare.openmoji import prepare_openmoji
-from powersteer.denoising.generate import steered_pictures
+from powersteer.denoising.sampling.sample import steered_pictures
 
 
 @pytest.fixture(scope="module")

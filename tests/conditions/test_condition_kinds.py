@@ -23,7 +23,8 @@ from powersteer.data.encode import conditions_of, encode_pairs
 from powersteer.data.layouts import Columns, read_rows
 from powersteer.data.pairs import Pairs, Transform, Views
 from powersteer.data.stream import read_shard
-from powersteer.denoising.generate import GenerateSettings, PictureJob, generate
+from powersteer.denoising.sampling.generate import generate
+from powersteer.denoising.settings import GenerateSettings, PictureJob
 from powersteer.training.dry_run import dry_run
 from powersteer.training.run import train
 from powersteer.training.setup import Setup, conditioning, new_network

@@ -17,7 +17,9 @@ from powersteer.adapters.registry import make_adapter
 from powersteer.apps.cli import app
 from powersteer.backbones.load import base_configs
 from powersteer.core.card import MARK, model_card, write_card
-from powersteer.denoising.generate import GenerateSettings, generate, jobs_of
+from powersteer.denoising.sampling.generate import generate
+from powersteer.denoising.sampling.jobs import jobs_of
+from powersteer.denoising.settings import GenerateSettings
 from powersteer.training.config import TrainConfig
 from powersteer.training.run import train
 from tiny_hub import files_of, use_endpoint

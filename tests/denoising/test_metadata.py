@@ -5,7 +5,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from powersteer.core.errors import PowersteerError
-from powersteer.denoising.metadata import CONDITIONS_KEY, SETTINGS_KEY, read_metadata, save_picture
+from powersteer.denoising.sampling.metadata import CONDITIONS_KEY, SETTINGS_KEY, read_metadata, save_picture
 
 
 def test_settings_and_conditions_come_back_as_they_were(tmp_path):

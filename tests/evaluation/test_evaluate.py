@@ -21,8 +21,8 @@ from powersteer.core.pictures import as_bytes, to_pil
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, spread
 from powersteer.data.splits import held_out_folder
-from powersteer.denoising.generate import steered_pictures
 from powersteer.denoising.objective import objective_of
+from powersteer.denoising.sampling.sample import steered_pictures
 from powersteer.evaluation import evaluate as evaluation
 from powersteer.evaluation.evaluate import EvaluateSettings, evaluate
 from powersteer.evaluation.figures import Evaluation, Figure, Value

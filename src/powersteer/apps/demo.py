@@ -23,8 +23,9 @@ from powersteer.core.pictures import from_pil, save_grid
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, condition_values, spread
 from powersteer.data.prepare.openmoji import prepare_openmoji
-from powersteer.denoising.generate import GUIDANCE_SCALE, steered_pictures
 from powersteer.denoising.heldout import HeldOut
+from powersteer.denoising.sampling.sample import steered_pictures
+from powersteer.denoising.settings import GUIDANCE_SCALE
 from powersteer.evaluation.report import write_report
 from powersteer.training.config import TINY_LEARNING_RATE, TrainConfig
 from powersteer.training.run import train

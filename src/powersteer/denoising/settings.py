@@ -1,4 +1,4 @@
-"""What can be asked of `powersteer.denoising.generate`: settings, jobs, their ranges and defaults, without torch."""
+"""What can be asked of `powersteer.denoising.sampling`: settings, jobs, their ranges and defaults, without torch."""
 
 from __future__ import annotations
 

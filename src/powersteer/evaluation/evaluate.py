@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from powersteer.adapters.attach import Adapter, channels_of, check_adapter, record_of
+from powersteer.adapters.attach import check_fits
 from powersteer.adapters.load import load_network
+from powersteer.adapters.protocol import Adapter
 from powersteer.backbones.load import load_base
 from powersteer.conditions import condition_picture
 from powersteer.core.console import PlainConsole
@@ -25,9 +26,9 @@ from powersteer.data.conditioning import conditioning_of
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, condition_values, spread
 from powersteer.data.splits import held_out_folder
-from powersteer.denoising.generate import check_steps, make_scheduler, steered_pictures
 from powersteer.denoising.heldout import HeldOut
-from powersteer.denoising.objective import noise_schedule
+from powersteer.denoising.objective import objective_of
+from powersteer.denoising.sampling.sample import check_steps, make_scheduler, steered_pictures
 from powersteer.evaluation.features import weights_sha256
 from powersteer.evaluation.figures import PRIOR, REAL, SHUFFLED, STEERED, Evaluation, Figure, Value, environment
 from powersteer.evaluation.information import denoiser_errors, measure_information
@@ -136,9 +137,9 @@ def _load(settings: EvaluateSettings) -> _Subject:
     record, channels = dict(found.record), found.channels
     model = None if settings.adapter is None else load_network(settings.adapter)
     if model is not None:
-        check_adapter(model, pipe)
-        channels = channels_of(model)
-        known = record_of(model).get("conditioning") or {}
+        check_fits(model, pipe)
+        channels = model.spec.channels
+        known = model.spec.conditioning
         record |= {key: value for key, value in known.items() if value is not None}
         model.to(pipe.device)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -152,12 +153,11 @@ def _load(settings: EvaluateSettings) -> _Subject:
 def _denoising(subject: _Subject, settings: EvaluateSettings, cache: Path, console: Console) -> Iterator[Figure]:
     """Information, and the plain denoising loss."""
     pairs = encode_pairs(subject.pipe, subject.pairs, cache, console=console)
-    alphas = noise_schedule(subject.pipe).alphas_cumprod
-    prediction = subject.pipe.scheduler.config["prediction_type"]
+    objective = objective_of(subject.pipe.scheduler)
     if subject.model is not None:
         errors = denoiser_errors(subject.pipe, subject.model, pairs)
         with console.status(f"information: {len(pairs):,} pairs, {settings.draws} draws each"):
-            found = measure_information(errors, alphas, len(pairs), draws=settings.draws, seed=settings.seed)
+            found = measure_information(errors, objective, len(pairs), draws=settings.draws, seed=settings.seed)
         yield Figure(
             "information, nats a latent dimension",
             "higher",
@@ -167,7 +167,7 @@ def _denoising(subject: _Subject, settings: EvaluateSettings, cache: Path, conso
             },
             {
                 "estimator": "½ ∫ (ε-error of the prior − of the steered) dλ over the schedule's log-SNR, paired noise",
-                "prediction_type": prediction,
+                "prediction_type": objective.prediction_type,
                 "log_snr_from": found.bands[0][0],
                 "log_snr_to": found.bands[-1][1],
                 "bands": [{"from": low, "to": high, "nats": nats} for low, high, nats in found.bands],
@@ -182,7 +182,7 @@ def _denoising(subject: _Subject, settings: EvaluateSettings, cache: Path, conso
         if subject.model is not None:
             losses[STEERED] = held_out.losses(subject.model)
             losses[SHUFFLED] = held_out.losses(subject.model, shuffled=True)
-    protocol = {"target": prediction, "pairs": len(pairs), "draws": LOSS_DRAWS, "seed": settings.seed}
+    protocol = {"target": objective.prediction_type, "pairs": len(pairs), "draws": LOSS_DRAWS, "seed": settings.seed}
     yield Figure("denoising loss", "lower", {k: Value.mean(loss.mean(0)) for k, loss in losses.items()}, protocol)
 
 

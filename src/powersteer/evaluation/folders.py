@@ -15,7 +15,7 @@ from powersteer.core.pictures import as_bytes, as_floats, from_pil
 from powersteer.data.layouts import LAYOUTS, PICTURE_SUFFIXES, read_rows
 from powersteer.data.pairs import Size, cropped
 from powersteer.data.rows import Picture
-from powersteer.denoising.generate import pictures_of
+from powersteer.denoising.sampling.files import pictures_of
 from powersteer.evaluation.features import FeatureExtractor
 from powersteer.evaluation.figures import GENERATED, REAL, Evaluation, Figure, Value, environment
 from powersteer.evaluation.measures import (

@@ -18,7 +18,8 @@ import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
-from powersteer.adapters.attach import Adapter, attach
+from powersteer.adapters.attach import attach
+from powersteer.adapters.protocol import Adapter
 from powersteer.conditions import condition_picture
 from powersteer.core.console import PlainColumn, PlainConsole
 from powersteer.core.errors import NonFiniteError, PowersteerError
@@ -27,8 +28,8 @@ from powersteer.core.pictures import save_grid, to_pil
 from powersteer.core.text import json_lines, parse_object, read_text
 from powersteer.data.encode import Sample, conditions_of
 from powersteer.data.pairs import spread
-from powersteer.denoising.generate import steered_pictures
 from powersteer.denoising.heldout import Autocast, Gap, HeldOut
+from powersteer.denoising.sampling.sample import steered_pictures
 from powersteer.training.folder import writing
 from powersteer.training.record import LOG
 

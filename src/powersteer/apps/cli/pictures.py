@@ -46,8 +46,8 @@ def generate(
         refuse_idle(ctx, "without --init-image", "strength")
     wanted = settings.build(prepared=pairs is not None)
 
-    from powersteer.denoising.generate import generate as run
-    from powersteer.denoising.generate import jobs_of, jobs_of_pairs, read_manifest
+    from powersteer.denoising.sampling.generate import generate as run
+    from powersteer.denoising.sampling.jobs import jobs_of, jobs_of_pairs, read_manifest
 
     if pairs is not None:
         jobs = jobs_of_pairs(pairs, job["negative_prompt"], job["seed"])

@@ -14,9 +14,9 @@ from powersteer.conditions.fidelity.lines import line_f1
 from powersteer.core.pictures import as_bytes, from_pil
 from powersteer.data.conditioning import Conditioning
 from powersteer.data.pairs import condition_values
-from powersteer.denoising.generate import steered_pictures
 from powersteer.denoising.heldout import Gap, HeldOut
 from powersteer.denoising.objective import objective_of
+from powersteer.denoising.sampling.sample import steered_pictures
 from powersteer.evaluation.figures import STEERED
 from powersteer.evaluation.information import denoiser_errors, measure_information
 from powersteer.evaluation.measures import fidelity as measured_fidelity

@@ -30,7 +30,7 @@ from powersteer.apps.studio.wishes import (
 from powersteer.apps.studio.work import AS_IT_IS, Result, Studio
 from powersteer.core.config import build_config
 from powersteer.core.errors import PowersteerError
-from powersteer.denoising.metadata import read_metadata
+from powersteer.denoising.sampling.metadata import read_metadata
 from powersteer.denoising.settings import SCHEDULERS
 
 OWN_SCHEDULER = "the base's own"

@@ -46,7 +46,7 @@ def as_python(settings: GenerateSettings, job: PictureJob, files: Sequence[str])
     told.append(f"    seed={job.seed},\n")
     return (
         "from pathlib import Path\n\n"
-        "from powersteer.denoising.generate import generate\n"
+        "from powersteer.denoising.sampling.generate import generate\n"
         "from powersteer.denoising.settings import GenerateSettings, PictureJob\n\n"
         f"settings = GenerateSettings(\n{given})\n"
         f"job = PictureJob(\n{''.join(told)})\n"

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
+from powersteer.adapters.attach import check_fits
 from powersteer.adapters.bps.model import BPSModel
 from powersteer.adapters.load import load_adapter
-from powersteer.adapters.steering import check_fits
 from powersteer.apps.studio.folders import make_room
 from powersteer.apps.studio.progress import Progress, Watch, reported
 from powersteer.apps.studio.recipe import parse, record_of
@@ -38,14 +38,10 @@ from powersteer.core.errors import PowersteerError
 from powersteer.core.files import read_bytes
 from powersteer.core.images import open_picture
 from powersteer.core.pictures import from_pil, to_pil
-from powersteer.denoising.generate import (
-    GenerateSettings,
-    PictureJob,
-    condition_of,
-    make_scheduler,
-    steered_pictures,
-)
-from powersteer.denoising.metadata import read_metadata, save_picture
+from powersteer.denoising.sampling.metadata import read_metadata, save_picture
+from powersteer.denoising.sampling.sample import make_scheduler, steered_pictures
+from powersteer.denoising.sampling.sampler import condition_of
+from powersteer.denoising.settings import GenerateSettings, PictureJob
 
 CANVAS_SIDE = 512
 BATCH_SIZE = 4
