@@ -13,9 +13,10 @@ from rich.console import Console
 
 from conftest import draw_pairs
 from powersteer import PowersteerError
+from powersteer.backbones.unet import UNetBackbone
 from powersteer.data import encode
 from powersteer.data.contents import Contents
-from powersteer.data.encode import conditions_of, encode_pairs, unet_inputs
+from powersteer.data.encode import conditions_of, encode_pairs
 from powersteer.data.pairs import Pairs, Views, bucket_sizes, nearest
 from powersteer.data.prepare.openmoji import concept_of, draw_pair, list_drawings, split_by_concept
 from powersteer.data.rows import Picture
@@ -257,8 +258,8 @@ def test_sizes_are_read_upright(tmp_path):
 
 def test_sdxl_is_told_the_size(pipe):
     states = {"encoder_hidden_states": torch.zeros(2, 7, 24), "text_embeds": torch.zeros(2, 16)}
-    inputs = unet_inputs(states, (32, 48))
+    inputs = UNetBackbone.inputs(states, (32, 48))
     assert inputs["added_cond_kwargs"]["time_ids"].tolist() == [[32, 48, 0, 0, 32, 48]] * 2
-    assert unet_inputs({"encoder_hidden_states": states["encoder_hidden_states"]}, (32, 48)).keys() == {
+    assert UNetBackbone.inputs({"encoder_hidden_states": states["encoder_hidden_states"]}, (32, 48)).keys() == {
         "encoder_hidden_states"
     }

@@ -106,7 +106,7 @@ def attach(
         yield
 
 
-def check_fits(model: Adapter, pipe: DiffusionPipeline | nn.Module, *, strict_base: bool = True) -> None:
+def check_fits(model: Any, pipe: DiffusionPipeline | nn.Module, *, strict_base: bool = True) -> None:
     """Refuse a network made for another base.
 
     Args:
@@ -199,7 +199,7 @@ class _Block:
 def _taken_apart(pipe: Any) -> tuple[Backbone, nn.Module, Any | None]:
     """The backbone, the module that is called for it, and the pipeline if there is one."""
     pipeline = pipe if isinstance(pipe, DiffusionPipeline) else None
-    candidates = [pipe] if pipeline is None else list(pipeline.components.values())
+    candidates: list[Any] = [pipe] if pipeline is None else list(pipeline.components.values())
     for module in candidates:
         backbone = find_backbone(module) if isinstance(module, nn.Module) else None
         if backbone is not None:

@@ -21,7 +21,8 @@ class Once:
     def __init__(self) -> None:
         self._tensor: torch.Tensor | None = None
         self._key: tuple[Any, ...] = ()
-        self._value: Any = None
+        self.value: Any = None
+        """The last answer."""
         self.fresh = True
         """Whether the last answer was computed anew."""
 
@@ -31,8 +32,8 @@ class Once:
         self.fresh = key is None or key != self._key
         if self.fresh:
             # The tensor is kept: its memory cannot become another's meanwhile.
-            self._tensor, self._key, self._value = tensor, key or (), compute(tensor)
-        return self._value
+            self._tensor, self._key, self.value = tensor, key or (), compute(tensor)
+        return self.value
 
 
 class Clock:
@@ -62,9 +63,9 @@ class Clock:
 
     def following(self, timestep: Any) -> float | None:
         """The value after this one in its schedule, if it was read and has one."""
-        if not torch.is_tensor(timestep) or timestep.ndim or self._schedule._value is None:
+        if not torch.is_tensor(timestep) or timestep.ndim or self._schedule.value is None:
             return None
-        values, place = self._schedule._value, timestep.storage_offset() + 1
+        values, place = self._schedule.value, timestep.storage_offset() + 1
         return float(values[place]) if place < len(values) else None
 
 
@@ -82,7 +83,7 @@ def progress(value: float, scheduler: Any) -> float:
     Raises:
         ValueError: The timestep is none of that scheduler's.
     """
-    config: Any = {} if scheduler is None else scheduler.config
+    config: Any = getattr(scheduler, "config", {})
     total = config.get("num_train_timesteps", 1000)
     low, high, rho = (config.get(name) for name in ("sigma_min", "sigma_max", "rho"))
     if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":

@@ -10,7 +10,7 @@ nothing is compiled anew.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -95,7 +95,7 @@ class Engine:
 
     @classmethod
     @contextmanager
-    def open(cls, backbone: Backbone, outer: nn.Module, block: Block) -> Iterator[None]:
+    def open(cls, backbone: Backbone, outer: nn.Module, block: Block) -> Generator[None]:
         """Within it, the block steers calls of the backbone, and of what ``torch.compile`` wrapped around it."""
         modules = list(dict.fromkeys([backbone.module, outer]))
         with _opening:
@@ -189,9 +189,9 @@ class Engine:
 
         return blocks[-1].around(call, caller, prior, steered)
 
-    def _place(self, additions: dict[nn.Module, torch.Tensor]) -> None:
+    def _place(self, additions: dict[Any, torch.Tensor]) -> None:
         thread = None if torch.is_grad_enabled() else threading.get_ident()
-        placed: list[tuple[nn.Module, Site]] = []
+        placed: list[tuple[Any, Site]] = []
 
         def take_back() -> None:
             for layer, site in placed:

@@ -6,6 +6,7 @@ Every further prompt or seed under the same condition and schedule then costs no
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import psutil
@@ -45,7 +46,7 @@ class SteeringPlan:
         self.nbytes = 0
         """Bytes that the kept residuals take."""
         self._kept: OrderedDict[str, dict[str, Residuals]] = OrderedDict()
-        self._coming: tuple[Key, Residuals, torch.cuda.Event] | None = None
+        self._coming: tuple[Key, Residuals, Any] | None = None
         self._stream: torch.cuda.Stream | None = None
 
     def __len__(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +19,7 @@ from powersteer.adapters.rows import Rows
 from powersteer.adapters.watch import Versions, digest, versions, weights_digest
 from powersteer.backbones.protocol import Backbone, Call
 from powersteer.conditions import to_condition
+from powersteer.conditions.kind import KINDS
 from powersteer.conditions.kinds import BLIND
 from powersteer.core.errors import PowersteerError, PowersteerWarning
 
@@ -89,7 +89,12 @@ class Source:
         self.scale, self.start, self.end = float(scale), start, end
         self.spec = model.spec
         self.condition = self._read(picture)
-        _warn_of(self.condition, self.spec.conditioning, may_be_blank=model.training)
+        if not self.spec.conditioning.get(BLIND):
+            kind = KINDS.find(self.spec.conditioning.get("kind"))
+            for told in kind.warnings(
+                self.condition, may_be_blank=model.training
+            ):  # training leaves some out on purpose
+                warnings.warn(told, PowersteerWarning, stacklevel=5)
         self._given = picture
         given = picture if isinstance(picture, list | tuple) else [picture]
         self._tensors = [one for one in given if torch.is_tensor(one)]
@@ -247,9 +252,9 @@ def _placed(values: torch.Tensor, rows: Rows, strength: Strength) -> torch.Tenso
     index = rows.index
     if index is not None and index != list(range(len(values))):
         values = values[_places(tuple(index), values.device)]
-    if isinstance(strength, float):
-        return values if strength == 1 else values * strength
-    return values * strength.to(values)
+    if isinstance(strength, torch.Tensor):
+        return values * strength.to(values)
+    return values if strength == 1 else values * strength
 
 
 @lru_cache(maxsize=16)
@@ -260,20 +265,3 @@ def _places(index: tuple[int, ...], device: torch.device) -> torch.Tensor:
 @lru_cache(maxsize=16)
 def _column(strength: tuple[float, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(strength, device=device)[:, None, None, None]
-
-
-def _warn_of(condition: torch.Tensor, said: Mapping[str, Any], *, may_be_blank: bool) -> None:
-    """Say what is probably not meant."""
-    if said.get(BLIND):
-        return
-    flat = condition.flatten(1)
-    blank = (flat.amin(1) == flat.amax(1)).sum().item()
-    ink = condition.mean().item()
-    told = None
-    if blank and not may_be_blank:  # training leaves conditions out on purpose
-        of_several = f"{blank} of {len(condition)} conditions are" if len(condition) > 1 else "the condition is"
-        told = f"{of_several} blank, one value all over: is the drawing lost, dark on black or transparent?"
-    elif said.get("kind") == "sketch" and ink > 0.5:
-        told = f"{ink:.0%} of the sketch is ink, which is 1 on 0: is it inverted?"
-    if told is not None:
-        warnings.warn(told, PowersteerWarning, stacklevel=6)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -108,10 +109,84 @@ class Backbone(ABC):
         return bool(getattr(self.module, "is_gradient_checkpointing", False))
 
 
+class PipelineBackbone(Backbone):
+    """A backbone with the other parts of its base: how pictures and prompts become what it reads.
+
+    Args:
+        module: The denoiser.
+        pipe: The base, a pipeline of diffusers; without one, the backbone knows what concerns the denoiser alone.
+    """
+
+    part: ClassVar[str]
+    """Name of the denoiser in the pipeline."""
+
+    def __init__(self, module: nn.Module, pipe: Any = None) -> None:
+        super().__init__(module)
+        self.pipe = pipe
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks that a picture depends on, by name."""
+        names = (self.part, "vae", "text_encoder", "text_encoder_2")
+        return {name: getattr(self.pipe, name) for name in names if getattr(self.pipe, name, None) is not None}
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """One for each text encoder."""
+        found = (getattr(self.pipe, name, None) for name in ("tokenizer", "tokenizer_2"))
+        return [tokenizer for tokenizer in found if tokenizer is not None]
+
+    @property
+    def factor(self) -> int:
+        """Picture pixels per latent pixel, along each side."""
+        return self.pipe.vae_scale_factor
+
+    @property
+    def size(self) -> int:
+        """Side of the pictures that it was trained on, in pixels."""
+        return self.module.config["sample_size"] * self.factor
+
+    @property
+    @abstractmethod
+    def text_numbers(self) -> int:
+        """Numbers in one prompt's text states, about."""
+
+    @torch.no_grad()
+    def latents(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures (N, 3, H, W) in [-1, 1] → scaled latents (N, C, h, w), float32 on the CPU: the posterior's mode."""
+        vae = self.pipe.vae
+        mode = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
+        return mode.float().cpu() * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents (N, C, h, w) → pictures (N, 3, H, W), about [-1, 1], in the VAE's precision."""
+        vae = self.pipe.vae
+        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+
+    def pixels(self, latents: torch.Tensor) -> tuple[int, int]:
+        """Height and width of the pictures that latents (N, C, h, w) stand for."""
+        return latents.shape[-2] * self.factor, latents.shape[-1] * self.factor
+
+    @abstractmethod
+    def texts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Text states by name, as the pipeline itself makes them, (N, …); float32 on the CPU."""
+
+    @staticmethod
+    @abstractmethod
+    def inputs(states: Mapping[str, torch.Tensor], size: tuple[int, int]) -> dict[str, Any]:
+        """The denoiser's other arguments.
+
+        Args:
+            states: What `texts` gave, or rows of it.
+            size: Height and width of the pictures, in pixels.
+        """
+
+
 def find_backbone(module: nn.Module) -> Backbone | None:
     """The backbone of a network, beneath what ``torch.compile`` wrapped around it; None if no family knows it."""
     inner: nn.Module = getattr(module, "_orig_mod", module)
-    found = next((family for family in _families() if family.fits(inner)), None)
+    found = next((family for family in _families(Backbone) if family.fits(inner)), None)
     return None if found is None else found(inner)
 
 
@@ -127,10 +202,35 @@ def backbone_of(module: nn.Module) -> Backbone:
     return found
 
 
-def _families() -> list[type[Backbone]]:
-    """Every subclass in this folder."""
-    if not Backbone.__subclasses__():
-        package = __name__.rpartition(".")[0]
-        for module in pkgutil.iter_modules(import_module(package).__path__):
-            import_module(f"{package}.{module.name}")
-    return Backbone.__subclasses__()
+def base_of(pipe: Any) -> PipelineBackbone:
+    """The backbone of a pipeline, with the pipeline's other parts.
+
+    Raises:
+        PowersteerError: No family knows its denoiser.
+    """
+    for family in _families(PipelineBackbone):
+        module = getattr(pipe, family.part, None)
+        inner = getattr(module, "_orig_mod", module)
+        if inner is not None and family.fits(inner):
+            return family(inner, pipe)
+    raise PowersteerError(f"{type(pipe).__name__} has no denoiser that powersteer knows: give another base")
+
+
+@cache
+def _import_all() -> None:
+    package = __name__.rpartition(".")[0]
+    for module in pkgutil.iter_modules(import_module(package).__path__):
+        import_module(f"{package}.{module.name}")
+
+
+def _families(kind: Any) -> list[Any]:
+    """Every family of a kind; each is a class in this folder."""
+    _import_all()
+
+    def below(one: Any) -> Iterator[Any]:
+        for further in one.__subclasses__():
+            yield from below(further)
+            if not further.__abstractmethods__:
+                yield further
+
+    return list(below(kind))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,13 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from powersteer.backbones.fingerprint import fingerprint
-from powersteer.backbones.protocol import Backbone, Call
+from powersteer.backbones.protocol import Call, PipelineBackbone
 
 
-class UNetBackbone(Backbone):
+class UNetBackbone(PipelineBackbone):
     """A `UNet2DConditionModel`."""
+
+    part = "unet"
 
     arguments = (
         "sample",
@@ -81,6 +83,30 @@ class UNetBackbone(Backbone):
     def fingerprint(self, prediction_type: str | None = None) -> dict[str, Any]:
         """Family, block widths, text width and prediction type."""
         return fingerprint(self.module, prediction_type)
+
+    @property
+    def text_numbers(self) -> int:
+        """Tokens times width."""
+        return self.tokenizers[0].model_max_length * self.module.config["cross_attention_dim"]
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """``encoder_hidden_states`` (N, T, D), and of XL ``text_embeds`` (N, D')."""
+        given = list(prompts)
+        if "text_encoder_2" in self.parts:
+            states, _, pooled, _ = self.pipe.encode_prompt(given, do_classifier_free_guidance=False)
+            return {"encoder_hidden_states": states.float().cpu(), "text_embeds": pooled.float().cpu()}
+        states, _ = self.pipe.encode_prompt(given, self.pipe.text_encoder.device, 1, False)
+        return {"encoder_hidden_states": states.float().cpu()}
+
+    @staticmethod
+    def inputs(states: Mapping[str, torch.Tensor], size: tuple[int, int]) -> dict[str, Any]:
+        """The text; XL is told the pictures' size too, uncropped."""
+        if "text_embeds" not in states:
+            return dict(states)
+        ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(len(states["text_embeds"]), 1)
+        added = {"text_embeds": states["text_embeds"], "time_ids": ids.to(states["text_embeds"].device)}
+        return {"encoder_hidden_states": states["encoder_hidden_states"], "added_cond_kwargs": added}
 
 
 def _layers(block: Any, start: int) -> Iterator[tuple[int, nn.Module]]:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 
+from powersteer.backbones.protocol import base_of
 from powersteer.core.console import PlainColumn, PlainConsole, printable
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
@@ -75,37 +76,21 @@ class Encoder:
     """
 
     def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
+        self.base = base_of(pipe)
         settings = pipe.vae.config
         shifts = [key for key in ("shift_factor", "latents_mean", "latents_std") if settings.get(key) is not None]
         if shifts:
             raise PowersteerError(f"the base's VAE has a {shifts[0]}, which is not supported: give another base")
-        self.text_encoders = [e for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if e is not None]
+        self.latents, self.texts = self.base.latents, self.base.texts
 
     @property
     def text_digest(self) -> list[str]:
         """What decides how text becomes text states: the pipeline's kind, and digests of its settings, tokenizers and
         encoders."""
-        tokenizers = [t for t in (self.pipe.tokenizer, getattr(self.pipe, "tokenizer_2", None)) if t is not None]
-        digests = [*map(tokenizer_digest, tokenizers), *map(module_digest, self.text_encoders)]
-        return [type(self.pipe).__name__, settings_digest(self.pipe.config), *digests]
-
-    @torch.no_grad()
-    def latents(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures (N, 3, H, W) in [-1, 1] → scaled latents (N, C, h, w), float32 on the CPU: the posterior's mode."""
-        vae = self.pipe.vae
-        mode = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
-        return mode.float().cpu() * vae.config.scaling_factor
-
-    @torch.no_grad()
-    def texts(self, prompts: Sequence[str]) -> TextStates:
-        """Text states, as the pipeline itself makes them; float32 on the CPU."""
-        given = list(prompts)
-        if len(self.text_encoders) > 1:
-            states, _, pooled, _ = self.pipe.encode_prompt(given, do_classifier_free_guidance=False)
-            return {"encoder_hidden_states": states.float().cpu(), "text_embeds": pooled.float().cpu()}
-        states, _ = self.pipe.encode_prompt(given, self.pipe.text_encoder.device, 1, False)
-        return {"encoder_hidden_states": states.float().cpu()}
+        pipe, parts = self.base.pipe, self.base.parts
+        encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
+        digests = [*map(tokenizer_digest, self.base.tokenizers), *map(module_digest, encoders)]
+        return [type(pipe).__name__, settings_digest(pipe.config), *digests]
 
 
 class EncodedPairs(Dataset[Sample]):
@@ -226,20 +211,6 @@ def conditions_of(samples: Sequence[Sample]) -> torch.Tensor:
     return condition_values(torch.stack([sample.condition for sample in samples]))
 
 
-def pixels_of(pipe: Any, latents: torch.Tensor) -> tuple[int, int]:
-    """Height and width of the pictures that latents (N, C, h, w) stand for."""
-    return latents.shape[-2] * pipe.vae_scale_factor, latents.shape[-1] * pipe.vae_scale_factor
-
-
-def unet_inputs(states: TextStates, size: tuple[int, int]) -> dict[str, Any]:
-    """The U-Net's text arguments; SDXL is told the picture's size (pixels, (height, width)), uncropped."""
-    if "text_embeds" not in states:
-        return dict(states)
-    ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(len(states["text_embeds"]), 1)
-    added = {"text_embeds": states["text_embeds"], "time_ids": ids.to(states["text_embeds"].device)}
-    return {"encoder_hidden_states": states["encoder_hidden_states"], "added_cond_kwargs": added}
-
-
 def encode_pairs(
     pipe: Any,
     pairs: Pairs,
@@ -307,18 +278,18 @@ def _encode(
     for key, samples, size in _picture_files(encoder, pairs, dtype, contents):
         file = cache_dir / f"latents-{key}.safetensors"
         shards |= {sample: (file, row) for row, sample in enumerate(samples)}
-        pixels, factor = size[0] * size[1], encoder.pipe.vae_scale_factor
-        nbytes = encoder.pipe.vae.config.latent_channels * pixels // factor**2 * dtype.itemsize
+        pixels, factor = size[0] * size[1], encoder.base.factor
+        nbytes = encoder.base.pipe.vae.config.latent_channels * pixels // factor**2 * dtype.itemsize
         nbytes += pairs.transform.condition_bytes(size)
         jobs.append(_Job(file, len(samples), nbytes * len(samples), _latents(encoder, pairs, samples, dtype)))
     captions: dict[str, tuple[Path, int]] = {}
     own = {text for row in pairs.rows for text in (*row.texts, row.generated_text) if text is not None}
-    length = encoder.pipe.tokenizer.model_max_length * encoder.pipe.unet.config.cross_attention_dim
     encoders = encoder.text_digest
     for part in _chunks(sorted({"", *own, *prompts}), SHARD):
         file = cache_dir / f"text-{key_of(encoders, dtype, part)}.safetensors"
         captions |= {text: (file, row) for row, text in enumerate(part)}
-        jobs.append(_Job(file, len(part), len(part) * length * dtype.itemsize, _texts(encoder, part, dtype)))
+        nbytes = len(part) * encoder.base.text_numbers * dtype.itemsize
+        jobs.append(_Job(file, len(part), nbytes, _texts(encoder, part, dtype)))
 
     missing = _missing(jobs, console)
     if missing:
@@ -340,7 +311,7 @@ def _picture_files(
 ) -> Iterator[tuple[str, list[tuple[int, int]], tuple[int, int]]]:
     """The key, samples and picture size of each file of pictures."""
     digests = contents.digests(picture for row in pairs.rows for picture in (row.image, row.conditioning_image))
-    transform, vae_digest = sorted(vars(pairs.transform).items()), module_digest(encoder.pipe.vae)
+    transform, vae_digest = sorted(vars(pairs.transform).items()), module_digest(encoder.base.parts["vae"])
     by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, size in enumerate(pairs.sizes):
         by_size[size].append(i)

@@ -15,12 +15,10 @@ from powersteer.core.records import BASELINE_RECORD
 class Baseline(Adapter):
     """A network of diffusers' own, whose config keeps what powersteer knows of it under one key."""
 
-    config: Any
-
     @property
     def spec(self) -> Spec:
         """What it was made for."""
-        known: Mapping[str, Any] = self.config.get(BASELINE_RECORD) or {}
+        known: Mapping[str, Any] = self.recorded.get(BASELINE_RECORD) or {}
         widths, conditioning = self.base_widths, known.get("conditioning") or {}
         return Spec(
             channels=conditioning.get("channels") or self.reads,
@@ -33,19 +31,24 @@ class Baseline(Adapter):
         )
 
     @property
+    def recorded(self: Any) -> Mapping[str, Any]:
+        """Diffusers' record of how it was made."""
+        return self.config
+
+    @property
     def reads(self) -> int:
         """Channels that it reads."""
-        return self.config["conditioning_channels"]
+        return self.recorded["conditioning_channels"]
 
     @property
     def factor(self) -> int:
         """Condition pixels per latent pixel, along each side."""
-        return 2 ** (len(self.config["conditioning_embedding_out_channels"]) - 1)
+        return 2 ** (len(self.recorded["conditioning_embedding_out_channels"]) - 1)
 
     @property
     def base_widths(self) -> list[int]:
         """Block widths of the U-Net that it was made for."""
-        return list(self.config["block_out_channels"])
+        return list(self.recorded["block_out_channels"])
 
     def remember(self: Any, unet: Any, prediction_type: str | None, conditioning: Mapping[str, Any] | None) -> Any:
         """Record what it was made for; itself."""

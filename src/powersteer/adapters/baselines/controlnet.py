@@ -56,7 +56,7 @@ class ControlNetModel(Baseline, diffusers.ControlNetModel):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else sample.dtype
 
         def ready(residual: torch.Tensor, before: Any) -> torch.Tensor:
-            residual = (residual if isinstance(strength, float) and strength == 1 else residual * strength).to(dtype)
+            residual = (residual * strength).to(dtype)
             return residual if before is None else residual + before
 
         skips = call.get("down_block_additional_residuals") or [None] * len(down)

@@ -68,7 +68,7 @@ class ControlNetXSAdapter(Baseline, diffusers.ControlNetXSAdapter):
     @property
     def base_widths(self) -> list[int]:
         """Block widths of the U-Net that it was made for."""
-        return list(self.config["base_block_out_channels"])
+        return list(self.recorded["base_block_out_channels"])
 
     def intervene(
         self, backbone: Backbone, call: Call, condition: torch.Tensor, strength: Strength, hooks: ExitStack
@@ -158,5 +158,4 @@ class _InStep:
         """``extra`` added to what a layer gave: a tensor, or a tuple of which it is the first."""
         if isinstance(output, tuple):
             return (self._added(output[0], extra), *output[1:])
-        scaled = extra if isinstance(self.strength, float) and self.strength == 1 else extra * self.strength
-        return output + scaled.to(output.dtype)
+        return output + (extra * self.strength).to(output.dtype)

@@ -60,17 +60,17 @@ class ZeroStartT2IAdapter(Baseline, T2IAdapter):
     @property
     def reads(self) -> int:
         """Channels that it reads."""
-        return self.config["in_channels"]
+        return self.recorded["in_channels"]
 
     @property
     def factor(self) -> int:
         """Condition pixels per latent pixel, along each side."""
-        return self.config["downscale_factor"]
+        return self.recorded["downscale_factor"]
 
     @property
     def base_widths(self) -> list[int]:
         """Block widths of the U-Net that it was made for."""
-        return list(self.config["channels"])
+        return list(self.recorded["channels"])
 
     def sites(self, backbone: Backbone) -> Iterator[tuple[int, nn.Module]]:
         """The last layer of each encoder level."""

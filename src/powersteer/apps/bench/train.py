@@ -17,9 +17,9 @@ from powersteer.adapters.bps.model import BPSModel
 from powersteer.apps.bench.epochs import LEARNING_RATE, STORED, Epochs, bench_epochs
 from powersteer.apps.bench.shapes import Shape, make_controlnet, make_t2i_adapter, make_unet
 from powersteer.apps.bench.turns import OUT_OF_MEMORY, chosen, is_cuda, must_fit, release, take_turns
+from powersteer.backbones.unet import UNetBackbone
 from powersteer.core.hardware import fast_attention, machine
 from powersteer.core.memory import TensorBytes
-from powersteer.data.encode import unet_inputs
 from powersteer.training.memory import estimate_memory
 
 METHODS = ("ControlNet", "BPS paper", "BPS lite", "T2I-Adapter")
@@ -191,7 +191,7 @@ class _Scene:
         inputs: dict[str, Any] = {"encoder_hidden_states": text}
         if self.shape == "sdxl":
             pooled = torch.randn(batch_size, 1280, dtype=self.precision)
-            inputs = unet_inputs({**inputs, "text_embeds": pooled}, (pixels, pixels))
+            inputs = UNetBackbone.inputs({**inputs, "text_embeds": pooled}, (pixels, pixels))
         sketch = torch.rand(batch_size, 1, pixels, pixels)
 
         def denoise(**extra: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
+from powersteer.backbones.protocol import base_of
 from powersteer.core.pictures import to_pil
 
 Done = TypeVar("Done")
@@ -58,8 +59,7 @@ class Watch:
             guesses: list[Any] = getattr(pipe.scheduler, "model_outputs", None) or [None]
             latents: torch.Tensor = tensors["latents"] if guesses[-1] is None else guesses[-1]
             with torch.no_grad():
-                latent = latents[:1].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
-                preview = to_pil(pipe.vae.decode(latent).sample[0])
+                preview = to_pil(base_of(pipe).pictures(latents[:1])[0])
             took = time.perf_counter() - now
             self.not_before = now + took + max(self.PAUSE, self.COSTS_LITTLE * took)
         done = min(1.0, (step + 1) / max(1, pipe.num_timesteps))
