@@ -17,6 +17,7 @@ from powersteer.adapters.load import load_network
 from powersteer.adapters.protocol import Adapter
 from powersteer.backbones.load import load_base
 from powersteer.conditions import condition_picture
+from powersteer.conditions.extractors.extractor import Extractor
 from powersteer.core.console import PlainConsole
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
@@ -29,7 +30,7 @@ from powersteer.data.splits import held_out_folder
 from powersteer.denoising.heldout import HeldOut
 from powersteer.denoising.objective import objective_of
 from powersteer.denoising.sampling.sample import check_steps, make_scheduler, steered_pictures
-from powersteer.evaluation.features import weights_sha256
+from powersteer.evaluation.features import Clip, FeatureExtractor, weights_sha256
 from powersteer.evaluation.figures import PRIOR, REAL, SHUFFLED, STEERED, Evaluation, Figure, Value, environment
 from powersteer.evaluation.information import denoiser_errors, measure_information
 from powersteer.evaluation.measures import (
@@ -75,9 +76,7 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> Eval
     """
     console = console or PlainConsole(quiet=True)
     subject = _load(settings)
-    clip = load_clip_of(settings, settings.base)
-    looking = load_condition_extractor(settings, subject.kind)
-    extractors = load_extractors(settings, clip)  # what is missing is said before anything is made
+    looks = _load_looks(settings, subject.kind)  # what is missing is said before anything is made
     if settings.pictures and min(settings.pictures, len(subject.pairs)) < FEWEST:
         raise PowersteerError(f"measures of pictures need {FEWEST} at least: give --pictures 0 for none, or more pairs")
     warnings: list[str] = []
@@ -86,44 +85,74 @@ def evaluate(settings: EvaluateSettings, console: Console | None = None) -> Eval
     if settings.pictures:
         chosen = spread(len(subject.pairs), settings.pictures)
         pictures, conditions = _draw(subject, chosen, settings, console)
-        size, prompts = settings.batch_size, [subject.pairs.texts[i] for i in chosen]
-        of_pictures = fidelity(subject.kind, subject.palette, pictures, conditions, size, looking)
-        of_pictures += paired(pictures, settings)
-        if clip is not None:
-            of_pictures.append(text(clip, pictures, prompts, size))
-        real = as_bytes(torch.stack([subject.pairs[i][0] for i in range(len(subject.pairs))]))
-        for name, extractor in extractors.items():
-            made = {kind: by_batch(extractor, size, pictures[kind]) for kind in (PRIOR, STEERED) if kind in pictures}
-            of_one, warning = distances(name, extractor.record(), by_batch(extractor, size, real), made)
-            of_pictures += of_one
-            if warning is not None and warning not in warnings:
-                warnings.append(warning)
+        of_pictures, warnings = _of_pictures(subject, chosen, pictures, conditions, settings, looks)
         sampling = {"sampling": _sampling(settings, subject.pipe) | {"pictures": len(chosen)}}
         figures += [figure.under(sampling) for figure in of_pictures]
         if settings.diversity:
             figures.append(_diversity(subject, settings, console))
         if settings.save_pictures is not None:
             _save(settings.save_pictures, pictures, conditions)
-    provenance = {
-        "data": {"folder": str(subject.pairs.folder), "pairs": len(subject.pairs), "kind": subject.kind},
-        "base": {
-            "name": settings.base,
-            **{
-                f"{part}_sha256": weights_sha256(getattr(subject.pipe, part))
-                for part in ("unet", "vae", "text_encoder")
-            },
-        },
-        "adapter": None
-        if subject.model is None
-        else {
+    return Evaluation(figures, settings.model_dump(mode="json"), _provenance(subject, settings), warnings)
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """What looks at pictures, loaded."""
+
+    clip: Clip | None
+    condition: Extractor | None
+    """Makes conditions of pictures."""
+    features: dict[str, FeatureExtractor]
+
+
+def _load_looks(settings: EvaluateSettings, kind: str) -> _Looks:
+    clip = load_clip_of(settings, settings.base)
+    return _Looks(clip, load_condition_extractor(settings, kind), load_extractors(settings, clip))
+
+
+def _of_pictures(
+    subject: _Subject,
+    chosen: Sequence[int],
+    pictures: Pictures,
+    conditions: torch.Tensor,
+    settings: EvaluateSettings,
+    looks: _Looks,
+) -> tuple[list[Figure], list[str]]:
+    """Every measure of the pictures made for the ``chosen`` pairs, and warnings."""
+    size, prompts = settings.batch_size, [subject.pairs.texts[i] for i in chosen]
+    figures = fidelity(subject.kind, subject.palette, pictures, conditions, size, looks.condition)
+    figures += paired(pictures, settings)
+    if looks.clip is not None:
+        figures.append(text(looks.clip, pictures, prompts, size))
+    real = as_bytes(torch.stack([subject.pairs[i][0] for i in range(len(subject.pairs))]))
+    warnings: list[str] = []
+    for name, extractor in looks.features.items():
+        made = {kind: by_batch(extractor, size, pictures[kind]) for kind in (PRIOR, STEERED) if kind in pictures}
+        of_one, warning = distances(name, extractor.record(), by_batch(extractor, size, real), made)
+        figures += of_one
+        if warning is not None and warning not in warnings:
+            warnings.append(warning)
+    return figures, warnings
+
+
+def _provenance(subject: _Subject, settings: EvaluateSettings) -> dict[str, Any]:
+    """Data, weights and machine."""
+    parts = ("unet", "vae", "text_encoder")
+    digests = {f"{part}_sha256": weights_sha256(getattr(subject.pipe, part)) for part in parts}
+    adapter: dict[str, Any] | None = None
+    if subject.model is not None:
+        adapter = {
             "name": settings.adapter,
             "network": type(subject.model).__name__,
             "parameters": sum(p.numel() for p in subject.model.parameters()),
             "sha256": weights_sha256(subject.model),
-        },
+        }
+    return {
+        "data": {"folder": str(subject.pairs.folder), "pairs": len(subject.pairs), "kind": subject.kind},
+        "base": {"name": settings.base, **digests},
+        "adapter": adapter,
         **environment(subject.pipe.device.type),
     }
-    return Evaluation(figures, settings.model_dump(mode="json"), provenance, warnings)
 
 
 def _load(settings: EvaluateSettings) -> _Subject:
