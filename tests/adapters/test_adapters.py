@@ -11,9 +11,10 @@ from diffusers.utils import logging
 from conftest import build_pipe, randomise
 from powersteer import PowersteerError, load_base
 from powersteer.adapters.attach import attach, check_fits
+from powersteer.adapters.baselines import BASELINES
 from powersteer.adapters.baselines._baseline import conditioning_widths
 from powersteer.adapters.load import load_network
-from powersteer.adapters.registry import BASELINES, make_adapter
+from powersteer.adapters.registry import make_adapter
 
 KINDS = ("paper", "lite", *BASELINES)
 

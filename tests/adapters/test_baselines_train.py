@@ -9,10 +9,11 @@ import torch
 from conftest import build_pipe
 from powersteer import BPSModel, PowersteerError
 from powersteer.adapters.attach import attach
+from powersteer.adapters.baselines import BASELINES
 from powersteer.adapters.baselines.controlnet import WithoutLatents
 from powersteer.adapters.bps.ablations import AddedOnce, ConditionalHalf, WithoutTime
 from powersteer.adapters.load import load_network
-from powersteer.adapters.registry import BASELINES, class_of, make_adapter
+from powersteer.adapters.registry import class_of, make_adapter
 from powersteer.backbones.load import load_base
 from powersteer.backbones.protocol import backbone_of
 from powersteer.core.config import build_config

@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw
 
 from conftest import draw_pairs, randomise
 from powersteer.adapters.attach import attach
+from powersteer.adapters.baselines import BASELINES
 from powersteer.adapters.load import load_adapter, load_network
-from powersteer.adapters.registry import BASELINES, make_adapter
+from powersteer.adapters.registry import make_adapter
 from powersteer.backbones.load import load_base
 from powersteer.conditions.files import read_condition
 from powersteer.core.config import load_config
@@ -115,7 +116,9 @@ def test_a_manifest_of_many_goes_on_where_it_stopped(run, tmp_path, base_dir, ad
 
 
 @pytest.mark.parametrize("kind", [*BASELINES, "ablation"])
-def test_generate_takes_other_networks_too_one_at_a_time(run, tmp_path, base_dir, adapter_dir, drawing, kind):
+def test_generate_takes_other_networks_too_in_part_and_beside_others(
+    run, tmp_path, base_dir, adapter_dir, drawing, kind
+):
     pipe = load_base(str(base_dir))
     shape = {"preset": "lite", "ablation": "added-once"} if kind == "ablation" else {"preset": kind}
     network = randomise(
@@ -130,9 +133,17 @@ def test_generate_takes_other_networks_too_one_at_a_time(run, tmp_path, base_dir
         wanted = steered_pictures(pipe, None, ["a fox"] * 2, None, seeds=[0, 1], num_inference_steps=2)
     for file, picture in zip(out.splitlines(), wanted, strict=False):
         assert np.abs(pixels(file) - np.asarray(picture).astype(int)).max() <= 1
-    for more in (["--scale", 0.5], ["--end", 0.5], ["--adapter", adapter_dir, "--condition", drawing]):
-        refused = run(*args, "--adapter", tmp_path / kind, *more, "--out", tmp_path / "none")
-        one_line(refused, f"a {type(network).__name__} steers alone and at full strength")
+    # In part, and beside another.
+    beside = ["--adapter", adapter_dir, "--condition", drawing]
+    for name, more, strength in (("scale", ["--scale", 0.5], {"scale": 0.5}), ("two", beside, {})):
+        code, out, err = run(
+            *args, "--adapter", tmp_path / kind, *more, "--num-images", 1, "--out", tmp_path / f"out-{name}"
+        )
+        assert code == 0, err
+        networks = [network, load_network(adapter_dir)] if more is beside else [network]
+        conditions = [condition[None]] * len(networks)
+        [wanted] = steered_pictures(pipe, networks, ["a fox"], conditions, seeds=[0], num_inference_steps=2, **strength)
+        assert np.abs(pixels(out.splitlines()[0]) - np.asarray(wanted).astype(int)).max() <= 1
 
 
 def test_a_folder_of_pairs_is_steered_as_it_was_trained(run, tmp_path, base_dir, adapter_dir):

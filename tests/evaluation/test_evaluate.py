@@ -14,7 +14,8 @@ from condition_files import features, write_conditions
 from conftest import draw_pairs, randomise, uniform_log_snr
 from powersteer import PowersteerError
 from powersteer.adapters.attach import attach
-from powersteer.adapters.registry import BASELINES, make_adapter
+from powersteer.adapters.baselines import BASELINES
+from powersteer.adapters.registry import make_adapter
 from powersteer.backbones.load import load_base
 from powersteer.conditions.extractors.extractor import EXTRACTORS
 from powersteer.core.pictures import as_bytes, to_pil

@@ -11,7 +11,8 @@ from diffusers import DDPMScheduler
 from conftest import randomise, uniform_log_snr
 from powersteer import PowersteerError
 from powersteer.adapters.attach import attach
-from powersteer.adapters.registry import BASELINES, make_adapter
+from powersteer.adapters.baselines import BASELINES
+from powersteer.adapters.registry import make_adapter
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs
 from powersteer.denoising.heldout import Gap, HeldOut

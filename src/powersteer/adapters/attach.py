@@ -187,8 +187,15 @@ class _Block:
 
     def _rows(self, call: Call, caller: Caller | None, count: int) -> Rows:
         sample = call.get(self.backbone.sample)
-        look = count > 1 and caller is not None and self._begins(call)
+        look = caller is not None and (count > 1 or self._marks_matter) and self._begins(call)
         return rows_of(sample, count, caller, self.unconditional, look=look)
+
+    @property
+    def _marks_matter(self) -> bool:
+        """Whether something depends on which rows are unconditional."""
+        if self.steering_guidance_scale is not None or self.steer_unconditional is not None:
+            return not self.steer_unconditional or self.steering_guidance_scale is not None
+        return not all(source.model.steers_unconditional for source in self.sources)
 
     def _begins(self, call: Call) -> bool:
         """Whether a picture begins, as far as the timestep tells."""

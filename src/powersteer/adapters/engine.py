@@ -167,7 +167,8 @@ class Engine:
 
         def prior() -> Any:
             self._hooks.close()
-            return self._plain(module, args, kwargs)
+            lists = {name: list(value) for name, value in kwargs.items() if isinstance(value, list)}
+            return self._plain(module, args, kwargs | lists)  # the U-Net empties lists of residuals
 
         def steered() -> Any:
             self._hooks.close()

@@ -13,13 +13,6 @@ from diffusers import UNet2DConditionModel
 from powersteer.adapters.protocol import Adapter
 from powersteer.conditions.kinds import BLIND
 
-BASELINES = tuple(
-    module.name.replace("_", "-")
-    for module in iter_modules(import_module("powersteer.adapters.baselines").__path__)
-    if not module.name.startswith("_")
-)
-"""Names of the baselines, which are those of their files; ``paper`` and ``lite`` are BPS."""
-
 _ROOMS = ("powersteer.adapters.bps", "powersteer.adapters.baselines")
 
 

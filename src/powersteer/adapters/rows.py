@@ -97,7 +97,7 @@ def rows_of(
         conditions: How many there are.
         caller: The pipeline that gives them; None on a bare denoiser.
         unconditional: Of each part of the batch; by default found out.
-        look: Whether to look at the latents' values too: a part must repeat the one before.
+        look: Whether to look at the latents' values too: a part must repeat the one before, and nothing else.
 
     Raises:
         PowersteerError: The conditions do not fit the batch, or which is whose cannot be told.
@@ -109,6 +109,8 @@ def rows_of(
         return _bare(batch, conditions)
     _check_whole(sample, caller)
     parts, marks = _parts(batch, caller)
+    if look and parts is not None:
+        _check_repeats(sample, parts, caller)
     if conditions == 1:
         return Rows(batch, 1, parts, marks)
     if parts is None:
@@ -116,8 +118,6 @@ def rows_of(
             f"{type(caller.pipeline).__name__} does not show which rows of its batch are whose: give one condition, "
             "and one picture at a time"
         )
-    if look and parts > 1:
-        _check_repeats(sample, parts, caller)
     return _fitting(batch, conditions, parts, marks)
 
 
@@ -176,8 +176,16 @@ def _check_whole(sample: torch.Tensor, caller: Caller) -> None:
 def _check_repeats(sample: torch.Tensor, parts: int, caller: Caller) -> None:
     channels = sample.shape[1] if caller.latents is None else caller.latents.shape[1]
     each = sample[:, :channels].unflatten(0, (parts, -1))
-    if not torch.equal(each, each[:1].expand_as(each)):
+    # Where the images' number is not shown, a part that itself repeats may be several.
+    images = each.shape[1] if caller.latents is None else 1
+    periods = [size for size in range(1, images) if not images % size]
+    if not torch.equal(each, each[:1].expand_as(each)) or any(_repeats(each[0], size) for size in periods):
         raise PowersteerError(
             f"{type(caller.pipeline).__name__} does not repeat its latents part by part, so which row has which "
             "condition cannot be told: give one condition, and one picture at a time"
         )
+
+
+def _repeats(images: torch.Tensor, size: int) -> bool:
+    of_size = images.unflatten(0, (-1, size))
+    return torch.equal(of_size, of_size[:1].expand_as(of_size))

@@ -99,7 +99,6 @@ class Source:
         given = picture if isinstance(picture, list | tuple) else [picture]
         self._tensors = [one for one in given if torch.is_tensor(one)]
         self._read_at = versions(self._tensors)
-        self._sites = list(model.sites(backbone)) if not model.reads_call else []
         self._parameters = [*model.parameters(), *backbone.time_layers.parameters()]
         self._key: tuple[Versions | None, str | None] | None = None
         self._inputs_read = Once()
@@ -120,7 +119,8 @@ class Source:
         residuals, rows = self._residuals(given)
         device = given.sample.device
         placed = [_placed(residual.to(device), rows, strength) for residual in residuals]
-        return {layer: placed[position] for position, layer in self._sites}
+        # Asked for in every call: a pipeline may have put other layers in since the last.
+        return {layer: placed[position] for position, layer in self.model.sites(self.backbone)}
 
     def _residuals(self, given: Evaluation) -> tuple[Residuals, Rows]:
         """The residuals, and whose they are."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from powersteer.adapters.baselines import BASELINES
 from powersteer.backbones.embedded import EMBEDDED_BASE
 from powersteer.core.config import StrictConfig
 
@@ -72,6 +73,15 @@ _BPS_KEYS = (
 NETWORK_KEYS = ("network", "weights", "trainable_weights", "hidden_channels", "up_channels", "ablation", "dropout")
 """What shapes a new network; with ``init_from``, the adapter's own shape holds."""
 
+_LATER = ("weighting_scheme",)
+"""Keys that came when results had been written whose digests hold all keys."""
+
+if TYPE_CHECKING:
+    Network = str
+else:
+    Network = Literal[("paper", "lite", *BASELINES)]
+"""``paper`` and ``lite`` are BPS."""
+
 MAX_UPDATES = 10**9
 Weight = Annotated[float, Field(ge=-1e4, le=1e4)]
 Width = Annotated[int, Field(gt=0, le=65536)]
@@ -88,7 +98,7 @@ class TrainConfig(StrictConfig):
     """Frozen base: ``powersteer-tiny``, a folder in diffusers' layout, or a model of the Hub."""
     init_from: str | None = None
     """Start from this adapter's weights: ``sketch``, a folder, or a model of the Hub."""
-    network: Literal["paper", "lite", "controlnet", "controlnet-xs", "t2i-adapter"] = "paper"
+    network: Network = "paper"
     """Shape of the adapter: the paper's, or ``lite`` with a thirteenth of its parameters. The others are networks to
     compare with."""
     weights: Literal["head-heavy", "uniform"] | tuple[Weight, ...] = "head-heavy"
@@ -208,6 +218,8 @@ class TrainConfig(StrictConfig):
     log_snr_share: float = Field(default=0.0, ge=0, le=1)
     """Share of timesteps to draw evenly in log-SNR, not in t: more of them have little noise, where fine details are
     learned."""
+    weighting_scheme: Literal["none", "logit_normal"] = "none"
+    """How a base of flow matching draws its other times: evenly, or most often in the middle (Stable Diffusion 3)."""
     snr_gamma: float | None = Field(default=None, gt=0, le=1e12)
     """Gamma of the Min-SNR loss weighting; its authors use 5. Off by default."""
 
@@ -237,6 +249,13 @@ class TrainConfig(StrictConfig):
     newest undamaged one; ``checkpoint-STEP`` that one. null refuses to resume."""
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
     """Where to send curves and pictures, besides log.jsonl."""
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What earlier versions wrote stays as it is: a key of `_LATER` is left out unless somebody gives it."""
+        values: dict[str, Any] = dump(self)
+        unset = [key for key in _LATER if getattr(self, key) == type(self).model_fields[key].default]
+        return {key: value for key, value in values.items() if key not in unset}
 
     @model_validator(mode="before")
     @classmethod

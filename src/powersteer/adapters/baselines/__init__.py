@@ -10,3 +10,8 @@ trained alone and leaves the frozen U-Net as it found it:
 |              | base's own features   |                                                              |
 | T2I-Adapter  | c                     | the last layer of each encoder level                         |
 """
+
+from pkgutil import iter_modules
+
+BASELINES = tuple(module.name.replace("_", "-") for module in iter_modules(__path__) if not module.name.startswith("_"))
+"""Their names in a configuration."""

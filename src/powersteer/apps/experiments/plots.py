@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-from powersteer.adapters.registry import BASELINES
+from powersteer.adapters.baselines import BASELINES
 from powersteer.apps.experiments.compare import ExperimentConfig
 from powersteer.apps.experiments.results import QUALITY, SET_AGAINST, Figure, Results, axis_label, shown_as
 
