@@ -1,4 +1,4 @@
-"""The held-out denoising loss: fixed noise, stratified fixed timesteps, so that its curve is smooth."""
+"""The held-out denoising loss: fixed noise, stratified fixed times, so that its curve is smooth."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 
-from powersteer.adapters.attach import Adapter, attach
-from powersteer.data.encode import EncodedPairs, conditions_of, pixels_of, unet_inputs
+from powersteer.adapters.attach import attach
+from powersteer.adapters.protocol import Adapter
+from powersteer.data.encode import EncodedPairs, Sample, conditions_of
 from powersteer.data.pairs import spread
-from powersteer.denoising.objective import denoising_target, noise_schedule
+from powersteer.denoising.objective import objective_of
+from powersteer.denoising.step import Batch, denoiser, predict, squared_errors
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 """Makes the context that a run computes in."""
@@ -51,11 +51,11 @@ class HeldOut:
     Args:
         pipe: The frozen base.
         pairs: The pairs.
-        draws: How many (timestep, noise) draws each pair gets, one in each of so many equal bands of timesteps.
+        draws: How many (time, noise) draws each pair gets, one in each of so many equal bands of times.
         limit: Take so many pairs, evenly spread.
         seed: Of the noise.
         accelerator: Shares the work among its processes; each gets the whole result.
-        timesteps: (draws, N), instead of the bands'.
+        times: (draws, N), instead of the bands'.
     """
 
     def __init__(
@@ -66,15 +66,14 @@ class HeldOut:
         limit: int | None = None,
         seed: int = 0,
         accelerator: Accelerator | None = None,
-        timesteps: torch.Tensor | None = None,
+        times: torch.Tensor | None = None,
     ) -> None:
         self.pipe, self.pairs, self.draws, self.seed, self.accelerator = pipe, pairs, draws, seed, accelerator
-        self.scheduler = noise_schedule(pipe)
+        self.objective = objective_of(pipe.scheduler)
         self.rows = spread(len(pairs), limit or len(pairs))
         generator = torch.Generator().manual_seed(seed)
-        steps = self.scheduler.config["num_train_timesteps"]
         places = (torch.arange(draws)[:, None] + torch.rand(draws, len(self.rows), generator=generator)) / draws
-        self.timesteps = (places * steps).long().clamp(max=steps - 1) if timesteps is None else timesteps
+        self.times = self.objective.at(places) if times is None else times
         """(bands, N)."""
         by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
         for place, row in enumerate(self.rows):
@@ -90,10 +89,8 @@ class HeldOut:
 
     @property
     def bands(self) -> list[str]:
-        """Names of the bands of timesteps: ``0-249``, …"""
-        steps = self.scheduler.config["num_train_timesteps"]
-        edges = [band * steps // self.draws for band in range(self.draws + 1)]
-        return [f"{low}-{high - 1}" for low, high in pairwise(edges)]
+        """Names of the bands of times: ``0-249``, …"""
+        return [self.objective.span(band, self.draws) for band in range(self.draws)]
 
     def noise(self, band: int, place: int, shape: tuple[int, ...]) -> torch.Tensor:
         """The noise of one draw."""
@@ -112,48 +109,42 @@ class HeldOut:
         """Mean squared error of the denoiser's prediction for each draw, (bands, N).
 
         Args:
-            model: The steering network; ``None`` measures the prior.
+            model: The adapter; ``None`` measures the prior.
             shuffled: Steer each pair with another pair's condition of its size: the control. A pair that is alone
                 with its size has none, and gets NaN.
             batch_size: Draws evaluated at once.
             autocast: Of the training.
         """
-        unet, scheduler = self.pipe.unet, self.scheduler
-        process, processes = (
-            (0, 1)
-            if self.accelerator is None
-            else (
-                self.accelerator.process_index,
-                self.accelerator.num_processes,
-            )
-        )
+        process = 0 if self.accelerator is None else self.accelerator.process_index
+        processes = 1 if self.accelerator is None else self.accelerator.num_processes
         result = torch.zeros(self.draws, len(self.rows))
         for turn, (band, places) in enumerate(self._batches(batch_size)):
-            if turn % processes != process:
-                continue
-            samples = [self.pairs[self.rows[place], 0] for place in places]
-            latents = self.pairs.latents(samples)
-            timesteps = self.timesteps[band, places]
-            noise = torch.stack([self.noise(band, place, tuple(latents.shape[1:])) for place in places])
-            noisy = scheduler.add_noise(latents, noise, timesteps)
-            states = self.pairs.texts([sample.texts[0] for sample in samples])
-            if shuffled:
-                samples = [self.pairs[self.rows[self._partner[place]], 0] for place in places]
-            condition = conditions_of(samples)
-            to = {"device": unet.device, "dtype": unet.dtype}
-            moved = {name: tensor.to(**to) for name, tensor in states.items()}
-            inputs = unet_inputs(moved, pixels_of(self.pipe, latents))
-            steering = nullcontext() if model is None else attach(unet, model, condition)
-            with autocast(), steering:
-                guess: Any = unet(noisy.to(**to), timesteps.to(unet.device), **inputs).sample
-            target = denoising_target(scheduler, latents, noise, timesteps)
-            result[band, places] = F.mse_loss(guess.float().cpu(), target, reduction="none").mean((1, 2, 3))
+            if turn % processes == process:
+                whose = [self._partner[place] for place in places] if shuffled else places
+                result[band, places] = self._losses(model, band, places, whose, autocast)
         if self.accelerator is not None and processes > 1:
             summed: Any = self.accelerator.reduce(result.to(self.accelerator.device), "sum")
             result = summed.cpu()
         if shuffled:
             result[:, [place for place, partner in self._partner.items() if place == partner]] = torch.nan
         return result
+
+    def _losses(
+        self, model: Adapter | None, band: int, places: list[int], whose: list[int], autocast: Autocast
+    ) -> torch.Tensor:
+        """Losses (n,) of the draws of one band at some places, each under the condition of ``whose``."""
+        unet, samples = self.pipe.unet, self._samples(places)
+        latents = self.pairs.latents(samples)
+        noise = torch.stack([self.noise(band, place, tuple(latents.shape[1:])) for place in places])
+        texts = self.pairs.texts([sample.texts[0] for sample in samples])
+        batch = Batch.of(self.pipe, latents, noise, self.times[band, places], texts)
+        conditions = conditions_of(samples if whose == places else self._samples(whose))
+        with autocast(), nullcontext() if model is None else attach(unet, model, conditions):
+            prediction = predict(denoiser(unet), self.objective, batch, unet.device, unet.dtype)
+        return squared_errors(self.objective, prediction.cpu(), batch)
+
+    def _samples(self, places: list[int]) -> list[Sample]:
+        return [self.pairs[self.rows[place], 0] for place in places]
 
     def _batches(self, batch_size: int) -> Iterator[tuple[int, list[int]]]:
         """(band, places) of one size each."""

@@ -1,13 +1,13 @@
 """Information: how many nats the adapter takes from the condition, given the text.
 
-A latent x is seen through noise, z = √ᾱ·x + √(1−ᾱ)·ε, at log-SNR λ = log(ᾱ / (1−ᾱ)). What a condition c tells about
-z grows with λ as the best denoiser with c outdoes the best one without (Guo, Shamai & Verdú, IEEE Trans. Inf. Theory
-2005, for z and for z given c; c tells about z only through x):
+A latent x is seen through noise, z = a·x + s·ε, at log-SNR λ = 2·log(a / s): a = √ᾱ and s = √(1−ᾱ) in diffusion, 1 − t
+and t in flow matching. What a condition c tells about z grows with λ as the best denoiser with c outdoes the best one
+without (Guo, Shamai & Verdú, IEEE Trans. Inf. Theory 2005, for z and for z given c; c tells about z only through x):
 
     d I(z; c) / dλ = ½ [ E‖ε − ε̂_prior(z, λ)‖² − E‖ε − ε̂_posterior(z, λ, c)‖² ]
 
 so the denoising gain, integrated over the schedule from its lowest λ to its highest, is I(z_highest; c) −
-I(z_lowest; c). Left out are, below, what even the noisiest latent tells of c, I(z_lowest; c), which goes to 0 with ᾱ;
+I(z_lowest; c). Left out are, below, what even the noisiest latent tells of c, I(z_lowest; c), which goes to 0 with a;
 and, above, what c tells of details finer than the least noise, I(x; c) − I(z_highest; c). For denoisers that are
 learned, not the best, the integral is the gain in log-likelihood that they stand for (Kong, Brekelmans & Ver Steeg,
 ICLR 2023): the steering's own faults lower it, and the prior's, where the steering mends them, raise it.
@@ -22,14 +22,14 @@ from typing import Any, Literal
 
 import torch
 
-from powersteer.adapters.attach import Adapter
+from powersteer.adapters.protocol import Adapter
 from powersteer.core.errors import PowersteerError
 from powersteer.data.encode import EncodedPairs
 from powersteer.denoising.heldout import Gap, HeldOut
-from powersteer.denoising.objective import noise_schedule
+from powersteer.denoising.objective import Objective, objective_of
 
 UNIFORM_SHARE = 0.2
-"""The share of the draws that is uniform in log-SNR: no timestep's weight can grow beyond five times that of uniform
+"""The share of the draws that is uniform in log-SNR: no time's weight can grow beyond five times that of uniform
 draws."""
 NARROWEST = 0.5
 """The least scale of the logistic, in log-SNR: a pilot of few pairs may see less than there is."""
@@ -37,34 +37,35 @@ BANDS = 8
 
 Kind = Literal["prior", "steered", "shuffled"]
 ErrorsOf = Callable[[Kind, torch.Tensor, int], torch.Tensor]
-"""A function (kind of denoiser, timesteps (draws, N), seed of the noise) → squared errors of ε a dimension, (draws, N).
+"""A function (kind of denoiser, times (draws, N), seed of the noise) → squared errors of ε a dimension, (draws, N).
 The same seed gives all kinds the same noise."""
 
 
 @dataclass(frozen=True)
 class LogSnr:
-    """The schedule's timesteps as points of an integral over log-SNR, by the trapezoid rule."""
+    """The times of an objective as points of an integral over log-SNR, by the trapezoid rule."""
 
-    timesteps: torch.Tensor
-    """The timesteps (T,)."""
+    times: torch.Tensor
+    """The times (T,)."""
     values: torch.Tensor
     """Log-SNR λ (T,), falling."""
     widths: torch.Tensor
-    """The width of λ that each timestep stands for (T,)."""
+    """The width of λ that each time stands for (T,)."""
 
     @classmethod
-    def of(cls, alphas_cumprod: torch.Tensor) -> LogSnr:
-        """Make it from ᾱ (T,). A timestep that leaves nothing of the picture (zero terminal SNR) is left out: its λ has
-        no end."""
-        values = alphas_cumprod.double().logit()
-        timesteps = values.isfinite().nonzero().flatten()
-        values = values[timesteps]
+    def of(cls, objective: Objective) -> LogSnr:
+        """Make it from an objective. A time that leaves nothing of the picture (zero terminal SNR) is left out: its λ
+        has no end."""
+        times = objective.times
+        values = objective.log_snr(times)
+        kept = values.isfinite()
+        values = values[kept]
         steps = -values.diff()
         none = steps.new_zeros(1)
-        return cls(timesteps, values, (torch.cat([steps, none]) + torch.cat([none, steps])) / 2)
+        return cls(times[kept], values, (torch.cat([steps, none]) + torch.cat([none, steps])) / 2)
 
     def proposal(self, log_snr: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
-        """Probabilities (T,) to draw timesteps with: a logistic density in λ with the mean and variance of the gain.
+        """Probabilities (T,) to draw times with: a logistic density in λ with the mean and variance of the gain.
 
         Args:
             log_snr: Of a pilot's draws, uniform in λ; of any shape.
@@ -105,7 +106,7 @@ class Information:
 
 
 def measure_information(
-    errors: ErrorsOf, alphas_cumprod: torch.Tensor, pairs: int, *, draws: int = 8, seed: int = 0
+    errors: ErrorsOf, objective: Objective, pairs: int, *, draws: int = 8, seed: int = 0
 ) -> Information:
     """Integrate the denoising gain over log-SNR.
 
@@ -116,7 +117,7 @@ def measure_information(
 
     Args:
         errors: Of the denoisers.
-        alphas_cumprod: ᾱ (T,) of the schedule.
+        objective: Of the base.
         pairs: How many there are, N.
         draws: For each pair.
         seed: Of log-SNRs and noise.
@@ -126,7 +127,7 @@ def measure_information(
     """
     if pairs < 2 or draws < 1:
         raise PowersteerError(f"{pairs} pairs and {draws} draws: information needs at least two pairs and one draw")
-    schedule = LogSnr.of(alphas_cumprod)
+    schedule = LogSnr.of(objective)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(probabilities: torch.Tensor, count: int) -> torch.Tensor:
@@ -136,12 +137,12 @@ def measure_information(
         return torch.searchsorted(probabilities.cumsum(0), quantiles).clamp(max=len(probabilities) - 1)
 
     pilot = draw(schedule.uniform, 1)
-    at = schedule.timesteps[pilot]
+    at = schedule.times[pilot]
     gains = errors("prior", at, seed + 1).double() - errors("steered", at, seed + 1).double()
     probabilities = schedule.proposal(schedule.values[pilot], gains)
 
     places = draw(probabilities, draws)
-    at = schedule.timesteps[places]
+    at = schedule.times[places]
     weights = schedule.widths[places] / probabilities[places]  # (draws, N)
     prior = errors("prior", at, seed).double()
     steered = 0.5 * weights * (prior - errors("steered", at, seed).double())
@@ -155,22 +156,11 @@ def measure_information(
 
 def denoiser_errors(pipe: Any, model: Adapter, pairs: EncodedPairs, *, batch_size: int = 64) -> ErrorsOf:
     """Errors of a base, and of it with a network of any kind attached, on encoded pairs."""
-    scheduler = noise_schedule(pipe)
+    objective = objective_of(pipe.scheduler)
 
-    def errors(kind: Kind, timesteps: torch.Tensor, seed: int) -> torch.Tensor:
-        held_out = HeldOut(pipe, pairs, draws=len(timesteps), seed=seed, timesteps=timesteps)
+    def errors(kind: Kind, times: torch.Tensor, seed: int) -> torch.Tensor:
+        held_out = HeldOut(pipe, pairs, draws=len(times), seed=seed, times=times)
         losses = held_out.losses(None if kind == "prior" else model, shuffled=kind == "shuffled", batch_size=batch_size)
-        return losses.double() * noise_error_of_loss(scheduler, timesteps)
+        return losses.double() * objective.noise_error_of_loss(times)
 
     return errors
-
-
-def noise_error_of_loss(scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
-    """Squared error of ε for each unit of the denoising loss, of the timesteps' shape.
-
-    A denoiser's guesses of ε, v = √ᾱ·ε − √(1−ᾱ)·x and x belong together by z, which is known: ε̂ = √(1−ᾱ)·z + √ᾱ·v̂ =
-    (z − √ᾱ·x̂) / √(1−ᾱ). So a squared error of v counts ᾱ as one of ε, one of x counts ᾱ / (1−ᾱ).
-    """
-    alpha = scheduler.alphas_cumprod.double()[timesteps.cpu()]
-    of_one = {"epsilon": torch.ones_like(alpha), "v_prediction": alpha}
-    return of_one.get(scheduler.config["prediction_type"], alpha / (1 - alpha))

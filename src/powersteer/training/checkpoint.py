@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from powersteer.adapters.attach import Adapter
 from powersteer.adapters.load import load_network
+from powersteer.adapters.protocol import Adapter
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
 from powersteer.core.text import read_object

@@ -19,9 +19,7 @@ from powersteer.data.encode import CONTENTS, EncodedPairs, Encoder, encode_pairs
 from powersteer.data.pairs import Pairs, Transform, Views, spread
 from powersteer.data.rows import Row
 from powersteer.data.stream import StreamedPairs, list_shards, read_shard
-from powersteer.training.config import TrainConfig
-from powersteer.training.loop import PROBE, Source
-from powersteer.training.setup import columns_of, conditioning, picture_size, precision_of, read_pairs
+from powersteer.training.setup import PROBE, Setup, Source, read_pairs
 
 MIN_HELD_OUT = 4
 _SHOWN = 60
@@ -32,7 +30,7 @@ class RunData:
     """What a run trains on and is measured on.
 
     Args:
-        config: The run's.
+        setup: The run's.
         pipe: The base.
         console: Where it is told.
 
@@ -40,27 +38,21 @@ class RunData:
         PowersteerError: The pairs cannot be read, or are too few to hold some out.
     """
 
-    def __init__(self, config: TrainConfig, pipe: Any, console: Console) -> None:
-        self.config, self.pipe, self.console = config, pipe, console
-        self.size, step = picture_size(config, pipe.unet.config, pipe.vae_scale_factor)
+    def __init__(self, setup: Setup, pipe: Any, console: Console) -> None:
+        self.setup, self.pipe, self.console = setup, pipe, console
+        self.config = config = setup.config
         self.cache_dir = (config.cache_dir or config.output_dir / "cache") if config.cache_latents else None
         self.contents = Contents((self.cache_dir or config.output_dir) / CONTENTS)
         self.shards: list[str] = []
         self.held_out: Pairs | None = None
-        factor = pipe.vae_scale_factor
-
-        def read(folder: Path | None, plain: bool) -> Pairs:
-            return read_pairs(config, folder, self.size, step, factor, plain=plain, contents=self.contents)
-
         if config.validation_data_dir is not None:
-            self.held_out = read(config.validation_data_dir, True)
+            self.held_out = read_pairs(setup, config.validation_data_dir, plain=True, contents=self.contents)
         if config.streaming:
             self.shards = list_shards(str(config.train_data_dir))
             self.everything = self.train = self._probe()
             return
-        self.everything = self.train = read(
-            None if config.train_data_dir is None else Path(config.train_data_dir), False
-        )
+        folder = None if config.train_data_dir is None else Path(config.train_data_dir)
+        self.everything = self.train = read_pairs(setup, folder, plain=False, contents=self.contents)
         if config.validation_split:
             self._hold_out()
 
@@ -76,13 +68,13 @@ class RunData:
         Raises:
             PowersteerError: A picture cannot be read.
         """
-        given = conditioning(self.config)
+        given = self.setup.conditioning
         shards = [(name.rpartition("/")[2], _size_of(name)) for name in self.shards]
         return {
             "train_data": self._digest(self.everything, shards),
             "validation_data": None if self.config.validation_data_dir is None else self._digest(self.held_out),
             "conditioning": [given.kind, given.channels],
-            "resolution": list(self.size),
+            "resolution": list(self.setup.size),
         }
 
     def tell(self) -> None:
@@ -128,16 +120,16 @@ class RunData:
 
     def _encoded(self, pairs: Pairs) -> EncodedPairs:
         prompts = [self.config.fixed_prompt] if self.config.prompt_mix else []
-        dtype = torch.float32 if precision_of(self.config) == "no" else torch.float16
+        dtype = torch.float32 if self.setup.precision == "no" else torch.float16
         given: dict[str, Any] = {"prompts": prompts, "dtype": dtype, "console": self.console, "contents": self.contents}
         return encode_pairs(self.pipe, pairs, self.cache_dir, **given)
 
     def _probe(self) -> Pairs:
         """The first pairs of a stream."""
-        config, given = self.config, conditioning(self.config)
+        config, given = self.config, self.setup.conditioning
         return Pairs(
-            list(islice(read_shard(self.shards[0], columns_of(config)), PROBE)),
-            self.size,
+            list(islice(read_shard(self.shards[0], self.setup.columns), PROBE)),
+            self.setup.size,
             given.channels,
             kind=given.kind,
             default_prompt=config.default_prompt,
@@ -145,15 +137,15 @@ class RunData:
         )
 
     def _stream(self, probe: EncodedPairs) -> StreamedPairs:
-        config, given = self.config, conditioning(self.config)
+        config, given = self.config, self.setup.conditioning
         return StreamedPairs(
             self.shards,
             Encoder(self.pipe),
             probe,
             transform=Transform(given.channels, given.kind, self.pipe.vae_scale_factor),
-            size=self.size,
+            size=self.setup.size,
             views=Views(config.random_flip, config.random_crops, config.smallest_crop),
-            columns=columns_of(config),
+            columns=self.setup.columns,
             default_prompt=config.default_prompt,
         )
 

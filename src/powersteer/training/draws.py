@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from powersteer.data.encode import Sample
+from powersteer.denoising.objective import TimeSampler
 from powersteer.training.config import TrainConfig
 
 
@@ -15,32 +16,27 @@ from powersteer.training.config import TrainConfig
 class Draws:
     """What chance decides for one update's whole batch of N samples."""
 
-    timesteps: torch.Tensor
-    """The timestep of each sample, (N,)."""
+    times: torch.Tensor
+    """The objective's time of each sample, (N,)."""
     blank: torch.Tensor
     """Whether each sample's condition is left out, (N,)."""
     prompt: torch.Tensor
     """Random numbers from which `prompt_of` chooses, (N, 3), uniform in [0, 1)."""
 
 
-def draw(config: TrainConfig, step: int, count: int, probabilities: torch.Tensor) -> Draws:
+def draw(config: TrainConfig, step: int, count: int, sampler: TimeSampler) -> Draws:
     """The draws of update ``step`` for ``count`` samples.
 
     Args:
-        config: ``seed``, ``log_snr_share`` and ``proportion_empty_conditions``.
+        config: ``seed`` and ``proportion_empty_conditions``.
         step: Counted in updates.
-        count: Of the whole batch.
-        probabilities: Of timesteps (T,), by `powersteer.denoising.objective.timestep_probabilities`; where they are not
-            all alike, one timestep is drawn from each of ``count`` equally probable parts.
+        count: Samples of the whole batch.
+        sampler: Draws times; see `powersteer.denoising.objective.Objective.sampler`.
     """
-    generator, last = torch.Generator().manual_seed(_seed(config.seed, step)), len(probabilities) - 1
-    if config.log_snr_share:
-        parts = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator, dtype=torch.float64)
-        timesteps = torch.searchsorted(probabilities.cumsum(0), parts / count).clamp(max=last)
-    else:
-        timesteps = torch.randint(last + 1, (count,), generator=generator)
+    generator = torch.Generator().manual_seed(_seed(config.seed, step))
+    times = sampler(count, generator)
     blank = torch.rand(count, generator=generator) < config.proportion_empty_conditions
-    return Draws(timesteps, blank, torch.rand(count, 3, generator=generator))
+    return Draws(times, blank, torch.rand(count, 3, generator=generator))
 
 
 def noise(seed: int, step: int, places: range, shape: tuple[int, ...]) -> torch.Tensor:

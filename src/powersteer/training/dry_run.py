@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,15 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from powersteer.adapters.attach import make_adapter
 from powersteer.adapters.bps.model import BPSModel
+from powersteer.adapters.protocol import Adapter
+from powersteer.adapters.registry import make_adapter
 from powersteer.backbones.load import base_configs
 from powersteer.core.errors import PowersteerError, PowersteerWarning
 from powersteer.core.files import reason_of
 from powersteer.training.config import TrainConfig
-from powersteer.training.memory import MemoryEstimate, estimate_memory
-from powersteer.training.setup import (
-    autocast_dtype,
-    base_dtype,
-    check_splits,
-    network_arguments,
-    picture_size,
-    precision_of,
-    read_pairs,
-    update_count,
-)
+from powersteer.training.memory import MemoryEstimate, Step, estimate_memory
+from powersteer.training.setup import Setup, autocast_dtype, base_dtype, check_splits, read_pairs, update_count
 
 
 @dataclass(frozen=True)
@@ -62,56 +55,29 @@ def dry_run(config: TrainConfig, processes: int = 1) -> DryRun:
     check_splits(config)
     for line in config.idle():
         warnings.warn(line, PowersteerWarning, stacklevel=2)
-    unet, vae, scheduler, text_encoders = _base_configs(config.pretrained_model_name_or_path)
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    size, step = picture_size(config, unet, factor)
-    latents = (size[0] // factor, size[1] // factor)
-    precision, device_type = precision_of(config), "cuda" if torch.cuda.is_available() else "cpu"
-    network = network_arguments(config, scheduler.get("prediction_type", "epsilon"), factor)
-    with torch.device("meta"):
-        try:
-            frozen: Any = UNet2DConditionModel.from_config(unet)
-            others: list[Any] = [AutoencoderKL.from_config(vae), *(kind(encoder) for kind, encoder in text_encoders)]
-        except Exception as error:  # diffusers and transformers raise whatever settings make them meet
-            raise _unreadable(config.pretrained_model_name_or_path, error) from None
-        try:
-            model = make_adapter(frozen, **network)
-        except ValueError as error:
-            raise PowersteerError(f"'weights': {error}") from None
+    base = _Base.read(config.pretrained_model_name_or_path)
+    try:
+        setup = Setup.read(config, base.unet, base.scheduler, base.vae_scale_factor)
+    except (RuntimeError, TypeError, ValueError) as error:  # of a schedule that cannot be
+        raise _unreadable(base.name, error) from None
     pairs: int | None = None
     if config.max_train_steps is None:
         folder = None if config.train_data_dir is None else Path(config.train_data_dir)
-        pairs = len(read_pairs(config, folder, size, step, factor, plain=False))
-    updates = update_count(config, pairs or 0, processes)
-    batch = config.train_batch_size * config.gradient_accumulation_steps * processes
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    facts: dict[str, Any] = {
-        "base": config.pretrained_model_name_or_path,
-        "pictures": [3, *size],
-        "latents": [unet["in_channels"], *latents],
-        "condition_kind": network["conditioning"]["kind"],
-        "conditions": [network["conditioning_channels"], *(side * network["pixel_unshuffle"] for side in latents)],
-        "network": config.network,
-        "trainable_parameters": trainable,
-        "frozen_parameters": sum(p.numel() for module in (frozen, *others) for p in module.parameters()),
-        "precision": precision,
-        "processes": processes,
-        "effective_batch_size": batch,
-        "optimizer_updates": updates,
-        "samples_seen": updates * batch,
-    }
+        pairs = len(read_pairs(setup, folder, plain=False))
+    unet, others = base.imagined()
+    model = _imagined_adapter(setup, unet)
+    facts = _shapes(setup, base, model, [unet, *others]) | _amounts(setup, pairs, processes)
     if isinstance(model, BPSModel):
         facts["residuals"] = len(model.down_outputs) + 1 + len(model.up_outputs)
     if pairs is not None:
         facts["pairs"] = pairs
-    memory = estimate_memory(
-        unet,
-        network,
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    step = Step(
         batch_size=config.train_batch_size,
-        size=latents,
-        text_length=text_encoders[0][1].max_position_embeddings,
-        base_dtype=base_dtype(precision, device_type),
-        precision=autocast_dtype(precision),
+        size=setup.latents,
+        text_length=base.text_encoders[0][1].max_position_embeddings,
+        base_dtype=base_dtype(setup.precision, device_type),
+        precision=autocast_dtype(setup.precision),
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_accumulation=config.gradient_accumulation_steps > 1,
         use_8bit_adam=config.use_8bit_adam,
@@ -119,7 +85,45 @@ def dry_run(config: TrainConfig, processes: int = 1) -> DryRun:
         other_base_bytes=sum(4 * p.numel() for module in others for p in module.parameters()),
         device_type=device_type,
     )
+    memory = estimate_memory(base.unet, setup.network, step)
     return DryRun(config.model_dump(mode="json"), facts, memory, free_memory())
+
+
+def _imagined_adapter(setup: Setup, unet: Any) -> Adapter:
+    with torch.device("meta"):
+        try:
+            return make_adapter(unet, **setup.network)
+        except ValueError as error:
+            raise PowersteerError(f"'weights': {error}") from None
+
+
+def _shapes(setup: Setup, base: _Base, model: Adapter, frozen: Sequence[Any]) -> dict[str, Any]:
+    """What goes in, and sizes of the networks."""
+    network, latents = setup.network, setup.latents
+    return {
+        "base": base.name,
+        "pictures": [3, *setup.size],
+        "latents": [base.unet["in_channels"], *latents],
+        "condition_kind": network["conditioning"]["kind"],
+        "conditions": [network["conditioning_channels"], *(side * network["pixel_unshuffle"] for side in latents)],
+        "network": setup.config.network,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "frozen_parameters": sum(p.numel() for module in frozen for p in module.parameters()),
+        "precision": setup.precision,
+    }
+
+
+def _amounts(setup: Setup, pairs: int | None, processes: int) -> dict[str, Any]:
+    """How much is learned."""
+    config = setup.config
+    updates = update_count(config, pairs or 0, processes)
+    batch = config.train_batch_size * config.gradient_accumulation_steps * processes
+    return {
+        "processes": processes,
+        "effective_batch_size": batch,
+        "optimizer_updates": updates,
+        "samples_seen": updates * batch,
+    }
 
 
 def free_memory() -> int:
@@ -127,17 +131,44 @@ def free_memory() -> int:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
 
 
-def _base_configs(name_or_path: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]:
-    """Configurations of U-Net, VAE, scheduler and text encoders."""
-    configs = base_configs(name_or_path)
-    unet, vae, scheduler = (configs[part] for part in ("unet", "vae", "scheduler"))
-    try:
-        text: list[tuple[Any, Any]] = [(CLIPTextModel, CLIPTextConfig.from_dict(configs["text_encoder"]))]
-        if unet.get("addition_embed_type") == "text_time":
-            text.append((CLIPTextModelWithProjection, CLIPTextConfig.from_dict(configs["text_encoder_2"])))
-    except Exception as error:  # as above
-        raise _unreadable(name_or_path, error) from None
-    return unet, vae, scheduler, text
+@dataclass(frozen=True)
+class _Base:
+    """What a base's configurations say."""
+
+    name: str
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    scheduler: dict[str, Any]
+    text_encoders: list[tuple[Any, Any]]
+    """(class, configuration)."""
+
+    @classmethod
+    def read(cls, name: str) -> _Base:
+        """Read a base's configurations; see `powersteer.backbones.load.base_configs`."""
+        configs = base_configs(name)
+        unet, vae, scheduler = (configs[part] for part in ("unet", "vae", "scheduler"))
+        try:
+            text: list[tuple[Any, Any]] = [(CLIPTextModel, CLIPTextConfig.from_dict(configs["text_encoder"]))]
+            if unet.get("addition_embed_type") == "text_time":
+                text.append((CLIPTextModelWithProjection, CLIPTextConfig.from_dict(configs["text_encoder_2"])))
+        except Exception as error:  # transformers raises whatever settings make it meet
+            raise _unreadable(name, error) from None
+        return cls(name, unet, vae, scheduler, text)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent pixel, along each side."""
+        return 2 ** (len(self.vae["block_out_channels"]) - 1)
+
+    def imagined(self) -> tuple[Any, list[Any]]:
+        """The U-Net, and the other networks, without memory for their weights."""
+        with torch.device("meta"):
+            try:
+                unet = UNet2DConditionModel.from_config(self.unet)
+                others = [AutoencoderKL.from_config(self.vae), *(kind(config) for kind, config in self.text_encoders)]
+            except Exception as error:  # as above, and diffusers too
+                raise _unreadable(self.name, error) from None
+        return unet, others
 
 
 def _unreadable(name: str, error: Exception) -> PowersteerError:

@@ -13,7 +13,8 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from powersteer.adapters.attach import attach, make_adapter, save_activation_memory
+from powersteer.adapters.attach import attach
+from powersteer.adapters.registry import make_adapter
 from powersteer.core.hardware import fast_attention
 from powersteer.core.memory import TensorBytes
 
@@ -32,92 +33,107 @@ class MemoryEstimate:
         return sum(self.rows.values())
 
 
-def estimate_memory(
-    unet_config: Mapping[str, Any],
-    network: Mapping[str, Any],
-    *,
-    batch_size: int,
-    size: tuple[int, int],
-    text_length: int = 77,
-    base_dtype: torch.dtype = torch.float32,
-    precision: torch.dtype = torch.float32,
-    gradient_checkpointing: bool = False,
-    gradient_accumulation: bool = False,
-    use_8bit_adam: bool = False,
-    ema: bool = True,
-    other_base_bytes: int = 0,
-    device_type: str = "cpu",
-) -> MemoryEstimate:
+@dataclass(frozen=True)
+class Step:
+    """What a training step is like, beside its networks."""
+
+    batch_size: int
+    """Samples of one forward pass."""
+    size: tuple[int, int]
+    """Height and width of the latents."""
+    text_length: int = 77
+    """Tokens of a prompt."""
+    base_dtype: torch.dtype = torch.float32
+    """Of the base's weights; the adapter's are float32."""
+    precision: torch.dtype = torch.float32
+    """Of autocast; float32 for none."""
+    gradient_checkpointing: bool = False
+    """Whether base and adapter compute their activations again on the way back."""
+    gradient_accumulation: bool = False
+    """Whether gradients live on from one forward pass to the next."""
+    use_8bit_adam: bool = False
+    """Whether the optimizer keeps two bytes a weight, not eight."""
+    ema: bool = True
+    """Whether a running average of the weights is kept."""
+    other_base_bytes: int = 0
+    """What else stays on the device: VAE, text encoder."""
+    device_type: str = "cpu"
+    """``cpu``, or ``cuda``: there autocast leaves the norms in float32."""
+
+
+def estimate_memory(unet_config: Mapping[str, Any], network: Mapping[str, Any], step: Step) -> MemoryEstimate:
     """Take a training step with tensors that have shapes but no values, and count.
 
     What kernels need within one operation is left out, and so is what an allocator loses to fragments.
 
     Args:
         unet_config: Of the base's `UNet2DConditionModel`.
-        network: The arguments of `powersteer.adapters.attach.make_adapter`.
-        batch_size: Samples of one forward pass.
-        size: Height and width of the latents.
-        text_length: Tokens of a prompt.
-        base_dtype: Of the base's weights; the network's are float32.
-        precision: Of autocast; float32 for none.
-        gradient_checkpointing: Whether base and network compute their activations again on the way back.
-        gradient_accumulation: Whether gradients live on from one forward pass to the next.
-        use_8bit_adam: Whether the optimizer keeps two bytes a weight, not eight.
-        ema: Whether a running average of the weights is kept.
-        other_base_bytes: What else stays on the device: VAE, text encoder.
-        device_type: ``cpu``, or ``cuda``: there autocast leaves the norms in float32.
+        network: The arguments of `powersteer.adapters.registry.make_adapter`.
+        step: The step.
 
     Raises:
-        ValueError: ``network`` is wrong; see `powersteer.adapters.attach.make_adapter`.
+        ValueError: ``network`` is wrong; see `powersteer.adapters.registry.make_adapter`.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake:
-        unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(dict(unet_config)))
-        _freeze(unet.eval(), base_dtype)
-        model = make_adapter(unet, **network)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = None if use_8bit_adam else torch.optim.AdamW(trained, fused=True)
-        if optimizer is not None:
-            _make_state(optimizer, trained)
-        if gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-            save_activation_memory(model)
-        if device_type != "cpu" and precision != torch.float32:
-            _norms_in_float32(unet)
-            _norms_in_float32(model)
-    channels, factor = network.get("conditioning_channels", 1), network.get("pixel_unshuffle", 8)
-    height, width = size
-    condition = torch.zeros(1).expand(batch_size, channels, factor * height, factor * width)  # one number in memory
-
-    kept = [value for state in optimizer.state.values() for value in state.values()] if optimizer is not None else []
-    with ExitStack() as steering:
-        # `attach` looks at the condition's values: it is real, and the block is entered outside the fake mode.
-        steering.enter_context(attach(unet, model, condition))
-        steering.enter_context(fast_attention(device_type, precision))
-        with fake, TensorBytes([*unet.parameters(), *model.parameters(), *kept]) as counted:
-            inputs = _inputs(unet, batch_size, size, text_length, base_dtype)
-            target = torch.zeros(batch_size, unet.config["out_channels"], *size)
-            for _ in range(1 + gradient_accumulation):
-                with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-                    guess = unet(**inputs).sample
-                loss = F.mse_loss(guess.float(), target)
-                loss.backward()
-            steering.close()  # on recomputation its hooks were needed
-            if optimizer is not None:
-                optimizer.step()
-
-    gradients = _nbytes(trained)
-    optimizer_bytes = 2 * sum(p.numel() for p in trained) if use_8bit_adam else 2 * gradients
+    imagined = _Imagined(unet_config, network, step)
+    activations = imagined.peak()
+    gradients = _nbytes(imagined.trained)
+    count = sum(p.numel() for p in imagined.trained)
     return MemoryEstimate(
         {
-            "base weights": _nbytes(unet.parameters()) + other_base_bytes,
-            "network weights": _nbytes(model.parameters()),
+            "base weights": _nbytes(imagined.unet.parameters()) + step.other_base_bytes,
+            "network weights": _nbytes(imagined.model.parameters()),
             "gradients": gradients,
-            "optimizer": optimizer_bytes,
-            "EMA": gradients if ema else 0,
-            "activations": counted.peak + condition.nbytes - gradients,
+            "optimizer": 2 * count if step.use_8bit_adam else 2 * gradients,
+            "EMA": gradients if step.ema else 0,
+            "activations": activations - gradients,
         }
     )
+
+
+class _Imagined:
+    """Networks and optimizer of fake tensors, as an update finds them."""
+
+    def __init__(self, unet_config: Mapping[str, Any], network: Mapping[str, Any], step: Step) -> None:
+        self.step, self.fake = step, FakeTensorMode(allow_non_fake_inputs=True)
+        with self.fake:
+            self.unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(dict(unet_config)))
+            _freeze(self.unet.eval(), step.base_dtype)
+            self.model = make_adapter(self.unet, **network)
+            self.trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = None if step.use_8bit_adam else torch.optim.AdamW(self.trained, fused=True)
+            if self.optimizer is not None:
+                _make_state(self.optimizer, self.trained)
+            if step.gradient_checkpointing:
+                self.unet.enable_gradient_checkpointing()
+                self.model.save_activation_memory()
+            if step.device_type != "cpu" and step.precision != torch.float32:
+                _norms_in_float32(self.unet)
+                _norms_in_float32(self.model)
+        channels, factor = network.get("conditioning_channels", 1), network.get("pixel_unshuffle", 8)
+        height, width = step.size
+        # One number in memory.
+        self.condition = torch.zeros(1).expand(step.batch_size, channels, factor * height, factor * width)
+
+    def peak(self) -> int:
+        """Take an update; returns the most bytes that live beside weights and optimizer."""
+        step, unet, optimizer = self.step, self.unet, self.optimizer
+        kept = [v for state in optimizer.state.values() for v in state.values()] if optimizer is not None else []
+        with ExitStack() as steering:
+            # `attach` looks at the condition's values: it is real, and the block is entered outside the fake mode.
+            steering.enter_context(attach(unet, self.model, self.condition))
+            steering.enter_context(fast_attention(step.device_type, step.precision))
+            with self.fake, TensorBytes([*unet.parameters(), *self.model.parameters(), *kept]) as counted:
+                inputs = _inputs(unet, step)
+                target = torch.zeros(step.batch_size, unet.config["out_channels"], *step.size)
+                for _ in range(1 + step.gradient_accumulation):
+                    with torch.autocast("cpu", step.precision, enabled=step.precision != torch.float32):
+                        guess = unet(**inputs).sample
+                    loss = F.mse_loss(guess.float(), target)
+                    loss.backward()
+                steering.close()  # on recomputation its hooks were needed
+                if optimizer is not None:
+                    optimizer.step()
+        return counted.peak + self.condition.nbytes
 
 
 def _freeze(unet: nn.Module, dtype: torch.dtype) -> None:
@@ -145,17 +161,15 @@ def _make_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
     optimizer.zero_grad()
 
 
-def _inputs(
-    unet: UNet2DConditionModel, batch: int, size: tuple[int, int], text_length: int, dtype: torch.dtype
-) -> dict[str, Any]:
+def _inputs(unet: UNet2DConditionModel, step: Step) -> dict[str, Any]:
     """The U-Net's arguments: noisy latents (B, C, h, w), timesteps (B,), text (B, tokens, width), and SDXL's."""
-    config = unet.config
+    config, batch, dtype = unet.config, step.batch_size, step.base_dtype
     width = config["encoder_hid_dim"] or config["cross_attention_dim"]
     inputs: dict[str, Any] = {
-        "sample": torch.zeros(batch, config["in_channels"], *size, dtype=dtype),
+        "sample": torch.zeros(batch, config["in_channels"], *step.size, dtype=dtype),
         "timestep": torch.zeros(batch, dtype=torch.long),
         "encoder_hidden_states": torch.zeros(
-            batch, text_length, width if isinstance(width, int) else max(width), dtype=dtype
+            batch, step.text_length, width if isinstance(width, int) else max(width), dtype=dtype
         ),
     }
     if config["addition_embed_type"] == "text_time":

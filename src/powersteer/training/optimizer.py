@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
-from powersteer.adapters.attach import Adapter
 from powersteer.adapters.bps.model import BPSModel
 from powersteer.adapters.bps.presets import integration_weights
+from powersteer.adapters.protocol import Adapter
 from powersteer.core.errors import PowersteerError
 from powersteer.training.config import TrainConfig
 from powersteer.training.sharding import dealt

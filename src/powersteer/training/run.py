@@ -13,31 +13,34 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from powersteer.adapters.attach import Adapter
 from powersteer.adapters.load import load_network
+from powersteer.adapters.protocol import Adapter
 from powersteer.backbones.load import load_base
 from powersteer.core.card import write_card
 from powersteer.core.console import PlainConsole
 from powersteer.core.digests import content_digest, weights_digest
 from powersteer.core.errors import PowersteerError
 from powersteer.denoising.heldout import HeldOut
-from powersteer.denoising.objective import noise_schedule
+from powersteer.denoising.objective import Objective
 from powersteer.training.checkpoint import check_intact, chosen_checkpoint, load_checkpoint, save_adapter, step_of
 from powersteer.training.config import TrainConfig
 from powersteer.training.data import RunData
 from powersteer.training.dry_run import dry_run, free_memory
 from powersteer.training.folder import REFIT, StillThere, held, remove, writing
-from powersteer.training.loop import Place, Source, TrainState, fit
+from powersteer.training.loop import fit
 from powersteer.training.record import RECORD, Record, begun_with, check_step, write_settings
 from powersteer.training.setup import (
+    Run,
+    Setup,
+    Source,
     base_dtype,
     check_base,
     check_splits,
     make_accelerator,
     new_network,
-    precision_of,
     update_count,
 )
+from powersteer.training.state import Place, TrainState
 
 
 @dataclass(frozen=True)
@@ -82,23 +85,15 @@ def _train(config: TrainConfig, accelerator: Accelerator, still_there: StillTher
         console.print(line, soft_wrap=True)
     pipe = load_base(config.pretrained_model_name_or_path)
     check_base(pipe)
-    network = new_network(config, pipe)
-    data = RunData(config, pipe, console)
+    setup = Setup.of(config, pipe)
+    network = new_network(setup, pipe)
+    data = RunData(setup, pipe, console)
     steps = update_count(config, data.count, accelerator.num_processes)
-    facts = _facts(config, pipe, network, accelerator.num_processes, steps) | data.facts()
+    facts = _facts(setup, pipe, network, accelerator.num_processes, steps) | data.facts()
     record, chosen = _agreed(config, facts, steps, console)
 
-    torch.nn.Module.to(pipe.unet, base_dtype(precision_of(config), accelerator.device.type))
-    pipe.to(accelerator.device)
-    network = network.to(accelerator.device)
-    if config.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-    data.tell()
-    pairs, held_out_pairs, all_pairs = data.encode()
-    held_out = None
-    if held_out_pairs is not None:
-        held_out = HeldOut(pipe, held_out_pairs, limit=config.max_validation_samples, accelerator=accelerator)
-    checkpoint = None if chosen is None else load_checkpoint(chosen, network)
+    run, all_pairs = _assembled(setup, accelerator, pipe, network, data)
+    checkpoint = None if chosen is None else load_checkpoint(chosen, run.network)
     accelerator.wait_for_everyone()  # all have read what one now writes
     if accelerator.is_main_process:
         still_there()
@@ -108,9 +103,9 @@ def _train(config: TrainConfig, accelerator: Accelerator, still_there: StillTher
         accelerator.init_trackers("powersteer")
 
     place = Place(config.output_dir, still_there, checkpoint, {RECORD: record.as_json()})
-    state, interrupted = fit(config, accelerator, pipe, network, pairs, held_out, place, steps)
+    state, interrupted = fit(run, place, steps)
     if config.refit and not interrupted:
-        interrupted = _refit(config, accelerator, pipe, all_pairs, state, place, record, console)
+        interrupted = _refit(replace(run, pairs=all_pairs, held_out=None), state, place, record, console)
     with writing(f"the logs in {config.output_dir}"):
         accelerator.end_training()
     if accelerator.is_main_process and not interrupted:
@@ -127,13 +122,32 @@ def _train(config: TrainConfig, accelerator: Accelerator, still_there: StillTher
     )
 
 
-def _facts(config: TrainConfig, pipe: Any, network: Adapter, processes: int, steps: int) -> dict[str, Any]:
+def _assembled(
+    setup: Setup, accelerator: Accelerator, pipe: Any, network: Adapter, data: RunData
+) -> tuple[Run, Source]:
+    """The run, everything on its device and encoded; and all pairs, the held-out ones too."""
+    config = setup.config
+    torch.nn.Module.to(pipe.unet, base_dtype(setup.precision, accelerator.device.type))
+    pipe.to(accelerator.device)
+    network = network.to(accelerator.device)
+    if config.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    data.tell()
+    pairs, held_out_pairs, all_pairs = data.encode()
+    held_out = None
+    if held_out_pairs is not None:
+        held_out = HeldOut(pipe, held_out_pairs, limit=config.max_validation_samples, accelerator=accelerator)
+    return Run(setup, accelerator, pipe, network, pairs, held_out), all_pairs
+
+
+def _facts(setup: Setup, pipe: Any, network: Adapter, processes: int, steps: int) -> dict[str, Any]:
     """What settings come to, but for the data; see `powersteer.training.record.FACTS`."""
+    config = setup.config
     facts: dict[str, Any] = {
-        "base": _base_digests(pipe),
+        "base": _base_digests(setup.objective, pipe),
         "start": None if config.init_from is None else weights_digest(network),
         "batch": config.train_batch_size * config.gradient_accumulation_steps * processes,
-        "precision": precision_of(config),
+        "precision": setup.precision,
         "processes": processes,
     }
     if config.lr_scheduler in ("linear", "cosine"):
@@ -143,18 +157,17 @@ def _facts(config: TrainConfig, pipe: Any, network: Adapter, processes: int, ste
     return facts
 
 
-def _base_digests(pipe: Any) -> dict[str, Any]:
+def _base_digests(objective: Objective, pipe: Any) -> dict[str, Any]:
     """What a run depends on in the base, mostly as digests; left out is what another version of a library would put in
     other words."""
     named = ("unet", "vae", "text_encoder", "text_encoder_2")
     parts = {name: getattr(pipe, name, None) for name in named}
     tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
     words = json.dumps([[sorted(t.get_vocab().items()), t.model_max_length] for t in tokenizers])
-    schedule = noise_schedule(pipe)
     return {name: weights_digest(part) for name, part in parts.items() if part is not None} | {
         "tokenizers": content_digest(words.encode()),
-        "noise": content_digest(schedule.alphas_cumprod.numpy().tobytes()),
-        "prediction_type": schedule.config["prediction_type"],
+        "noise": content_digest(objective.levels),
+        "prediction_type": objective.prediction_type,
         "scaling_factor": pipe.vae.config.scaling_factor,
     }
 
@@ -182,22 +195,14 @@ def _agreed(config: TrainConfig, facts: dict[str, Any], steps: int, console: Con
     return record, chosen
 
 
-def _refit(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    pipe: Any,
-    pairs: Source,
-    found: TrainState,
-    place: Place,
-    record: Record,
-    console: Console,
-) -> bool:
-    """Train on all pairs for as many updates as were best; whether that was interrupted."""
+def _refit(run: Run, found: TrainState, place: Place, record: Record, console: Console) -> bool:
+    """Train a new adapter on all pairs for as many updates as were best; whether that was interrupted."""
     if found.best_step == 0:
         console.print("nothing learned was better than the prior, whose network is kept: no refit", soft_wrap=True)
         return False
+    config, accelerator = run.config, run.accelerator
     output_dir = config.output_dir / REFIT
-    network = new_network(config, pipe).to(accelerator.device)
+    network = new_network(run.setup, run.pipe).to(accelerator.device)
     accelerator.free_memory()
     wanted = "latest-intact" if config.resume_from_checkpoint == "latest-intact" else "latest"
     chosen = chosen_checkpoint(output_dir, wanted)
@@ -215,7 +220,7 @@ def _refit(
     accelerator.wait_for_everyone()
     checkpoint = None if chosen is None else load_checkpoint(chosen, network)
     there = replace(place, folder=output_dir, checkpoint=checkpoint)
-    _, interrupted = fit(config, accelerator, pipe, network, pairs, None, there, found.best_step, "on all pairs")
+    _, interrupted = fit(replace(run, network=network), there, found.best_step, "on all pairs")
     if not interrupted and accelerator.is_main_process:
         place.still_there()
         save_adapter(config.output_dir, load_network(output_dir))

@@ -1,39 +1,170 @@
-"""The parts of a run, made from its configuration."""
+"""The parts of a run, made from its configuration: read once, then passed on."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
-from powersteer.adapters.attach import (
-    Adapter,
-    check_adapter,
-    make_adapter,
-    record_of,
-    save_activation_memory,
-)
-from powersteer.adapters.bps.ablations import ABLATIONS, NO_LATENTS
+from powersteer.adapters.attach import check_fits
 from powersteer.adapters.bps.model import BPSModel
 from powersteer.adapters.load import load_network
+from powersteer.adapters.protocol import Adapter
+from powersteer.adapters.registry import class_of, make_adapter
 from powersteer.conditions.kind import KINDS
 from powersteer.conditions.kinds import BLIND
 from powersteer.core.errors import PowersteerError
 from powersteer.core.hardware import native_precision
 from powersteer.data.conditioning import DATASET_FILE, Conditioning, conditioning_of
 from powersteer.data.contents import Contents
+from powersteer.data.encode import EncodedPairs, Sample, TextStates
 from powersteer.data.layouts import Columns, hub_rows
+from powersteer.data.order import Share
 from powersteer.data.pairs import Pairs, Size, Views, bucket_sizes
 from powersteer.data.splits import is_held_out
+from powersteer.denoising.heldout import Autocast, HeldOut
+from powersteer.denoising.objective import Objective, TimeSampler, objective_of
 from powersteer.training.config import NETWORK_KEYS, TrainConfig
 from powersteer.training.monitor import check_trackers
 from powersteer.training.sharding import share_out
+
+PROBE = 64
+"""Training pairs that are watched on fixed noise."""
+
+
+class Source(Protocol):
+    """What is trained on: `EncodedPairs`, or `powersteer.data.stream.StreamedPairs`."""
+
+    @property
+    def probe(self) -> EncodedPairs:
+        """Some of the pairs, to be watched on fixed noise."""
+        ...
+
+    def micro_batches(self, share: Share, seed: int, first: int, workers: int) -> Iterator[list[Sample]]:
+        """This process's samples of each accumulation step, from update ``first`` on, without end."""
+        ...
+
+    def latents(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """(N, C, h, w)."""
+        ...
+
+    def texts(self, prompts: Sequence[str]) -> TextStates:
+        """Text states of prompts."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a configuration comes to on a base."""
+
+    config: TrainConfig
+    objective: Objective
+    sampler: TimeSampler
+    """Draws the times to train at."""
+    conditioning: Conditioning
+    columns: Columns
+    """What the data calls its columns."""
+    precision: str
+    """``no``, ``bf16`` or ``fp16``."""
+    size: Size
+    """Pixels (height, width) to train at."""
+    size_step: int
+    """What both must be multiples of."""
+    vae_scale_factor: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, pipe: Any) -> Setup:
+        """Read a configuration for a pipeline; see `read`."""
+        return cls.read(config, pipe.unet.config, pipe.scheduler, pipe.vae_scale_factor)
+
+    @classmethod
+    def read(cls, config: TrainConfig, unet_config: Any, scheduler: Any, vae_scale_factor: int) -> Setup:
+        """Read a configuration for a base that need not be loaded.
+
+        Args:
+            config: The configuration.
+            unet_config: The base's U-Net's.
+            scheduler: The base's, or what its file holds; see `objective_of`.
+            vae_scale_factor: Pixels per latent pixel, along each side.
+
+        Raises:
+            PowersteerError: The base cannot be trained on so, or the data contradicts the configuration.
+        """
+        objective = objective_of(scheduler)
+        size, step = picture_size(config, unet_config, vae_scale_factor)
+        return cls(
+            config,
+            objective,
+            objective.sampler(config.log_snr_share, config.weighting_scheme),
+            conditioning(config),
+            columns_of(config),
+            precision_of(config),
+            size,
+            step,
+            vae_scale_factor,
+        )
+
+    @property
+    def latents(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        return self.size[0] // self.vae_scale_factor, self.size[1] // self.vae_scale_factor
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The arguments of `powersteer.adapters.registry.make_adapter` for a new network."""
+        config, given = self.config, self.conditioning
+        own_widths = {"hidden_channels": config.hidden_channels, "up_channels": config.up_channels}
+        return {
+            "conditioning_channels": given.channels,
+            "pixel_unshuffle": 1 if KINDS.find(given.kind).at_latents else self.vae_scale_factor,
+            "preset": config.network,
+            "weights": config.weights,
+            "prediction_type": self.objective.prediction_type,
+            "conditioning": given.record,
+            "dropout": config.dropout,
+            "trainable_weights": config.trainable_weights,
+            "ablation": config.ablation,
+            **{name: widths for name, widths in own_widths.items() if widths is not None},
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run, put together."""
+
+    setup: Setup
+    accelerator: Accelerator
+    pipe: Any
+    """The frozen base, on its device."""
+    network: Adapter
+    """The adapter that is trained."""
+    pairs: Source
+    held_out: HeldOut | None
+    """Where the best weights are chosen."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """Of the run."""
+        return self.setup.config
+
+    @property
+    def objective(self) -> Objective:
+        """Of the base."""
+        return self.setup.objective
+
+    @property
+    def autocast(self) -> Autocast:
+        """Makes the context that the run computes in."""
+        return partial(autocast, self.accelerator.device.type, self.setup.precision)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -88,17 +219,18 @@ def base_dtype(mixed_precision: str, device_type: str) -> torch.dtype:
     return torch.float32 if device_type == "cpu" else autocast_dtype(mixed_precision)
 
 
-def new_network(config: TrainConfig, pipe: Any) -> Adapter:
+def new_network(setup: Setup, pipe: Any) -> Adapter:
     """The network to train: untrained, or with the weights of ``init_from``.
 
     Raises:
         PowersteerError: ``init_from`` is no adapter for the base or not what else is asked for, or ``weights`` do not
             fit the base.
     """
+    config, wanted = setup.config, setup.conditioning
     if config.init_from is not None:
-        network, wanted = load_network(config.init_from), conditioning(config)
-        check_adapter(network, pipe)
-        _check_shape(config, network, pipe)
+        network = load_network(config.init_from)
+        check_fits(network, pipe)
+        _check_shape(setup, network, pipe)
         if isinstance(network, BPSModel):
             if network.config["conditioning_channels"] != wanted.channels:
                 raise PowersteerError(
@@ -109,18 +241,15 @@ def new_network(config: TrainConfig, pipe: Any) -> Adapter:
                 network.register_to_config(conditioning=wanted.record)
     else:
         torch.manual_seed(config.seed)
-        arguments = network_arguments(config, pipe.scheduler.config.prediction_type, pipe.vae_scale_factor)
         try:
-            network = make_adapter(pipe.unet, **arguments)
+            network = make_adapter(pipe.unet, **setup.network)
         except ValueError as error:
             raise PowersteerError(f"'weights': {error}") from None
     if config.gradient_checkpointing:
-        save_activation_memory(network)
+        network.save_activation_memory()
     return network
 
 
-_KINDS = {"controlnet": "ControlNetModel", "controlnet-xs": "ControlNetXSAdapter", "t2i-adapter": "ZeroStartT2IAdapter"}
-"""The class of each baseline."""
 _SHAPED = {
     "weights": ("down_weights", "mid_weight", "up_weight"),
     "network": ("output_kernel_size",),
@@ -129,25 +258,22 @@ _SHAPED = {
 """The entries of a BPS network's config that a key decides; a key that is missing here decides its namesake."""
 
 
-def _check_shape(config: TrainConfig, network: Adapter, pipe: Any) -> None:
+def _check_shape(setup: Setup, network: Adapter, pipe: Any) -> None:
     """Refuse ``init_from`` with keys that ask for another network: they would have no effect.
 
     Raises:
         PowersteerError: There are such.
     """
+    config = setup.config
     asked = config.asked(*NETWORK_KEYS)
-    kind = _KINDS.get(config.network, BPSModel.__name__)
-    if config.ablation in ABLATIONS:
-        kind = ABLATIONS[config.ablation].__name__
-    if config.ablation == NO_LATENTS:
-        kind = "WithoutLatents"
-    differ = [key for key in asked if key in ("network", "ablation") and type(network).__name__ != kind]
-    blind = bool((record_of(network).get("conditioning") or {}).get(BLIND))
+    kind = class_of(config.network, config.ablation)
+    differ = [key for key in asked if key in ("network", "ablation") and type(network) is not kind]
+    blind = bool(network.spec.conditioning.get(BLIND))
     if "ablation" in asked and config.ablation == BLIND and not blind:
         differ.append("ablation")
     if isinstance(network, BPSModel) and not differ and asked:
         with torch.device("meta"):
-            wanted: Any = make_adapter(pipe.unet, **network_arguments(config, "epsilon", pipe.vae_scale_factor))
+            wanted: Any = make_adapter(pipe.unet, **setup.network)
         for key in asked:
             names = _SHAPED.get(key, (key,))
             given, own = ([_plain(one.config[name]) for name in names] for one in (wanted, network))
@@ -164,24 +290,6 @@ def _check_shape(config: TrainConfig, network: Adapter, pipe: Any) -> None:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
-
-
-def network_arguments(config: TrainConfig, prediction_type: str, vae_scale_factor: int) -> dict[str, Any]:
-    """The arguments of `powersteer.adapters.attach.make_adapter` for the network of a configuration."""
-    given = conditioning(config)
-    own_widths = {"hidden_channels": config.hidden_channels, "up_channels": config.up_channels}
-    return {
-        "conditioning_channels": given.channels,
-        "pixel_unshuffle": 1 if KINDS.find(given.kind).at_latents else vae_scale_factor,
-        "preset": config.network,
-        "weights": config.weights,
-        "prediction_type": prediction_type,
-        "conditioning": given.record,
-        "dropout": config.dropout,
-        "trainable_weights": config.trainable_weights,
-        "ablation": config.ablation,
-        **{name: widths for name, widths in own_widths.items() if widths is not None},
-    }
 
 
 def picture_size(config: TrainConfig, unet_config: Any, vae_scale_factor: int) -> tuple[Size, int]:
@@ -267,30 +375,21 @@ def columns_of(config: TrainConfig) -> Columns:
     )
 
 
-def read_pairs(
-    config: TrainConfig,
-    folder: Path | None,
-    size: Size,
-    step: int,
-    vae_scale_factor: int,
-    *,
-    plain: bool,
-    contents: Contents | None = None,
-) -> Pairs:
+def read_pairs(setup: Setup, folder: Path | None, *, plain: bool, contents: Contents | None = None) -> Pairs:
     """The pairs of a folder, or of the Hub; (``plain``) without their mirrored and cut-out views."""
-    columns, source, conditions = columns_of(config), folder, conditioning(config)
+    config, source = setup.config, folder
     if source is None:
-        source = hub_rows(str(config.dataset_name), config.dataset_config_name, config.dataset_split, columns)
+        source = hub_rows(str(config.dataset_name), config.dataset_config_name, config.dataset_split, setup.columns)
     return Pairs(
         source,
-        size,
-        conditions.channels,
+        setup.size,
+        setup.conditioning.channels,
         None if plain else config.max_train_samples,
-        kind=conditions.kind,
-        columns=columns,
+        kind=setup.conditioning.kind,
+        columns=setup.columns,
         default_prompt=config.default_prompt,
-        buckets=bucket_sizes(size, step) if config.aspect_ratio_buckets else None,
+        buckets=bucket_sizes(setup.size, setup.size_step) if config.aspect_ratio_buckets else None,
         contents=contents,
         views=Views() if plain else Views(config.random_flip, config.random_crops, config.smallest_crop),
-        vae_scale_factor=vae_scale_factor,
+        vae_scale_factor=setup.vae_scale_factor,
     )

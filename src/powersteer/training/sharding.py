@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from powersteer.adapters.attach import Adapter
+from powersteer.adapters.protocol import Adapter
 from powersteer.core.errors import PowersteerError
 from powersteer.training.config import TrainConfig
 
