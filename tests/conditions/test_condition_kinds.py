@@ -279,7 +279,8 @@ def test_starting_from_another_adapter(config, base_dir, styled_dir, tmp_path):
     config = config.model_copy(update={"init_from": str(tmp_path / "grey")})
     pipe = load_base(str(base_dir))
     assert new_network(Setup.of(config, pipe), pipe).config["conditioning"] == {"kind": "sketch"}
-    depth = new_network(Setup.of(config.model_copy(update={"conditioning_kind": "depth"}), pipe), pipe).config["conditioning"]
+    wanted = Setup.of(config.model_copy(update={"conditioning_kind": "depth"}), pipe)
+    depth = new_network(wanted, pipe).config["conditioning"]
     assert depth["kind"] == "depth" and depth["polarity"] == "near 1, far 0"
     say(styled_dir, kind="style", channels=4)
     with pytest.raises(PowersteerError, match="reads 1 channels, the conditions have 4"):

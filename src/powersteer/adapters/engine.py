@@ -124,7 +124,9 @@ class Engine:
         count, original = self._intercepted.get(module, (0, module.__dict__.get(CALL)))
         self._intercepted[module] = count + 1, original
         module.__dict__[CALL] = torch.compiler.disable(
-            partial(self._call, module), recursive=False, reason="compile it before it is steered"
+            partial(self._call, module),
+            recursive=False,
+            reason="steer what torch.compile gave, or its pipeline, and compile before the block",
         )
 
     def _let_go(self, module: nn.Module) -> None:
