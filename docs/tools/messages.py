@@ -25,7 +25,7 @@ class Message:
 def messages(source: Path = SOURCE) -> list[Message]:
     """Of every `PowersteerError`, and of every `ValueError` of a configuration or preset, sorted, each once.
 
-    Plain `ValueError`s of ``data/sources/`` are caught there. An error that only passes on a text made elsewhere is not
+    Plain `ValueError`s of ``data/prepare/sources/`` are caught there. An error that only passes on a text made elsewhere is not
     listed; what makes the text is.
     """
     trees = {file.relative_to(source).as_posix(): ast.parse(file.read_text("utf-8")) for file in source.rglob("*.py")}
@@ -37,7 +37,7 @@ def messages(source: Path = SOURCE) -> list[Message]:
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or not call.args:
                 continue
             if call.func.id == "PowersteerError" or (
-                call.func.id == "ValueError" and not module.startswith("data/sources/")
+                call.func.id == "ValueError" and not module.startswith("data/prepare/sources/")
             ):
                 found |= {Message(module, text) for text in _texts(call.args[0], functions, constants)}
     return sorted(found)
