@@ -139,7 +139,7 @@ class HeldOut:
         texts = self.pairs.texts([sample.texts[0] for sample in samples])
         batch = Batch.of(self.pipe, latents, noise, self.times[band, places], texts)
         conditions = conditions_of(samples if whose == places else self._samples(whose))
-        with autocast(), nullcontext() if model is None else attach(unet, model, conditions):
+        with autocast(), nullcontext() if model is None else attach(unet, model, conditions, plan=None):
             prediction = predict(denoiser(unet), self.objective, batch, unet.device, unet.dtype)
         return squared_errors(self.objective, prediction.cpu(), batch)
 

@@ -104,8 +104,9 @@ def _gradient(run: Run, learner: Learner, batches: Batches, step: int) -> tuple[
     for micro in batches.of(step):
         attention = fast_attention(device.type, autocast_dtype(run.setup.precision))
         seed_dropout(run.config.seed, step, micro.places)
-        # The base's hooks stay until the gradient is there, since gradient checkpointing runs it again.
-        with run.accelerator.accumulate(learner.steered), attach(unet, run.network, micro.condition), attention:
+        # The block lasts until the gradient is there, since gradient checkpointing runs layers again.
+        steering = attach(unet, run.network, micro.condition, plan=None)
+        with run.accelerator.accumulate(learner.steered), steering, attention:
             prediction = predict(learner.steered, objective, micro.batch, device, unet.dtype)
             loss = squared_errors(objective, prediction, micro.batch)  # (B,)
             if run.config.snr_gamma is not None:

@@ -120,7 +120,7 @@ class _Imagined:
         kept = [v for state in optimizer.state.values() for v in state.values()] if optimizer is not None else []
         with ExitStack() as steering:
             # `attach` looks at the condition's values: it is real, and the block is entered outside the fake mode.
-            steering.enter_context(attach(unet, self.model, self.condition))
+            steering.enter_context(attach(unet, self.model, self.condition, plan=None))
             steering.enter_context(fast_attention(step.device_type, step.precision))
             with self.fake, TensorBytes([*unet.parameters(), *self.model.parameters(), *kept]) as counted:
                 inputs = _inputs(unet, step)

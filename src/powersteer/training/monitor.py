@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeR
 
 from powersteer.adapters.attach import attach
 from powersteer.adapters.protocol import Adapter
+from powersteer.backbones.protocol import base_of
 from powersteer.conditions import condition_picture
 from powersteer.core.console import PlainColumn, PlainConsole
 from powersteer.core.errors import NonFiniteError, PowersteerError
@@ -235,7 +236,7 @@ class Monitor:
             NonFiniteError: They are not finite.
         """
         with torch.no_grad():
-            with self.autocast(), attach(pipe.unet, network, conditions):
+            with self.autocast(), attach(pipe.unet, network, conditions, plan=None):
                 latents = steered_pictures(
                     pipe,
                     None,
@@ -246,8 +247,7 @@ class Monitor:
                     width=size[1],
                     output_type="latent",
                 )
-            scaled = torch.as_tensor(latents).to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
-            made = pipe.vae.decode(scaled).sample.float().cpu()
+            made = base_of(pipe).pictures(torch.as_tensor(latents)).float().cpu()
         if not bool(made.isfinite().all()):
             raise NonFiniteError(f"the VAE's are not finite numbers in {str(pipe.vae.dtype).removeprefix('torch.')}")
         return made

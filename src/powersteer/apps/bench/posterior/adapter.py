@@ -171,7 +171,7 @@ def guesses(world: World, unet: Any, network: Adapter, draws: Noisy) -> Iterator
 
 
 def _posterior(world: World, unet: Any, network: Adapter, noisy: Noisy) -> torch.Tensor:
-    with attach(unet, network, world.condition(noisy.pairs.observed)):
+    with attach(unet, network, world.condition(noisy.pairs.observed), plan=None):
         return predict(unet, noisy)
 
 
