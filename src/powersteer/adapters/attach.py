@@ -159,8 +159,9 @@ class _Block:
         """See `powersteer.adapters.engine.Block`."""
         found: dict[nn.Module, torch.Tensor] = {}
         scheduler = getattr(self.pipeline if caller is None else caller.pipeline, "scheduler", None)
+        look = self._looks(call, caller)
         for source in self.sources:
-            rows = self._rows(call, caller, len(source.condition))
+            rows = self._rows(call, caller, len(source.condition), look)
             both = self.steer_unconditional
             if both is None:
                 # A network that spares the unconditional half may meet calls that have none, as in training.
@@ -177,7 +178,7 @@ class _Block:
             return steered()
         if caller is not None and caller.says("guidance_rescale"):
             raise PowersteerError("guidance_rescale and steering_guidance_scale do not go together: leave one out")
-        rows = self._rows(call, caller, len(self.sources[0].condition))
+        rows = self._rows(call, caller, len(self.sources[0].condition), self._looks(call, caller))
         marks, parts = rows.marks(), len(rows.unconditional or ())
         first, output = prior(), steered()
         delta = (output[0] - first[0]).unflatten(0, (parts, -1))[marks[:: rows.batch // parts].index(False)]
@@ -185,17 +186,19 @@ class _Block:
         shifted = first[0] + self.steering_guidance_scale * delta.repeat(parts, *[1] * (delta.ndim - 1))
         return (shifted, *first[1:]) if isinstance(first, tuple) else type(first)(sample=shifted)
 
-    def _rows(self, call: Call, caller: Caller | None, count: int) -> Rows:
-        sample = call.get(self.backbone.sample)
-        look = caller is not None and (count > 1 or self._marks_matter) and self._begins(call)
-        return rows_of(sample, count, caller, self.unconditional, look=look)
+    def _rows(self, call: Call, caller: Caller | None, count: int, look: bool) -> Rows:
+        return rows_of(call.get(self.backbone.sample), count, caller, self.unconditional, look=look)
 
-    @property
-    def _marks_matter(self) -> bool:
-        """Whether something depends on which rows are unconditional."""
-        if self.steering_guidance_scale is not None or self.steer_unconditional is not None:
-            return not self.steer_unconditional or self.steering_guidance_scale is not None
-        return not all(source.model.steers_unconditional for source in self.sources)
+    def _looks(self, call: Call, caller: Caller | None) -> bool:
+        """Whether the layout of this call's rows matters, and is not known from an earlier one."""
+        if self.steering_guidance_scale is not None:
+            marks = True
+        elif self.steer_unconditional is None:
+            marks = not all(source.model.steers_unconditional for source in self.sources)
+        else:
+            marks = not self.steer_unconditional
+        matters = marks or any(len(source.condition) > 1 for source in self.sources)
+        return caller is not None and matters and self._begins(call)
 
     def _begins(self, call: Call) -> bool:
         """Whether a picture begins, as far as the timestep tells."""
