@@ -15,8 +15,9 @@ from PIL import Image
 from conftest import build_pipe, draw_pairs, randomise
 from powersteer import BPSModel, PowersteerError, steer
 from powersteer.adapters.load import load_adapter
+from powersteer.backbones.unet import UNetBackbone
 from powersteer.core.errors import NonFiniteError
-from powersteer.data.encode import Encoder, encode_pairs
+from powersteer.data.encode import encode_pairs
 from powersteer.data.order import batches
 from powersteer.data.pairs import Pairs
 from powersteer.denoising.heldout import Gap, HeldOut
@@ -144,8 +145,8 @@ def test_a_cached_epoch_touches_neither_vae_nor_text_encoder(config, monkeypatch
     def touched(*_, **__):
         raise AssertionError("the encoder was used")
 
-    monkeypatch.setattr(Encoder, "latents", touched)
-    monkeypatch.setattr(Encoder, "texts", touched)
+    monkeypatch.setattr(UNetBackbone, "latents", touched)
+    monkeypatch.setattr(UNetBackbone, "texts", touched)
     other = {"proportion_empty_prompts": 0.5, "output_dir": config.output_dir / "other"}  # of the same cache
     assert train(config.model_copy(update=other)).step == 8
     with pytest.raises(AssertionError, match="the encoder was used"):

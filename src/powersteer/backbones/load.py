@@ -18,6 +18,7 @@ from powersteer.backbones.parts import (
     INDEX,
     SCHEDULER_CONFIG,
     check_fit,
+    check_schedule,
     check_tokenizer,
     load_parts,
     load_tokenizer,
@@ -117,6 +118,7 @@ def base_configs(
         configs = {part: read_object(file) for part, file in files.items()}
         for part in networks:
             check_sizes(configs[part], str(files[part]))
+        check_schedule(configs["scheduler"], files["scheduler"])
     except PowersteerError as error:
         raise PowersteerError(f"cannot read the base '{name_or_path}': {error}") from None
     return configs

@@ -242,7 +242,22 @@ def load_scheduler(folder: Path, kind: Any) -> Any:
         PowersteerError: Its configuration is missing, or no schedule follows from it.
     """
     file = folder / SCHEDULER_CONFIG
-    config = read_object(file)
+    check_schedule(read_object(file), file)
+    scheduler = from_folder(folder, kind)
+    kept = getattr(scheduler, "alphas_cumprod", None)
+    if kept is not None and not ((kept >= 0) & (kept <= 1)).all():
+        raise PowersteerError(f"{file}: no noise schedule follows from its betas")
+    if not hasattr(scheduler, "init_noise_sigma"):
+        scheduler.init_noise_sigma = 1.0  # those of flow matching leave it out, and the U-Nets' pipelines ask for it
+    return scheduler
+
+
+def check_schedule(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse a scheduler's configuration whose length or prediction type cannot be.
+
+    Raises:
+        PowersteerError: As said.
+    """
     steps, predicted = config.get("num_train_timesteps", 1), config.get("prediction_type", PREDICTION_TYPES[0])
     if not isinstance(steps, int) or not 1 <= steps <= MOST_TIMESTEPS:
         raise PowersteerError(f"{file}: 'num_train_timesteps' must be 1 to {MOST_TIMESTEPS}, not {_short(steps)}")
@@ -250,11 +265,6 @@ def load_scheduler(folder: Path, kind: Any) -> Any:
         raise PowersteerError(
             f"{file}: 'prediction_type' must be one of {', '.join(PREDICTION_TYPES)}, not {_short(predicted)}"
         )
-    scheduler = from_folder(folder, kind)
-    kept = getattr(scheduler, "alphas_cumprod", None)
-    if kept is not None and not ((kept >= 0) & (kept <= 1)).all():
-        raise PowersteerError(f"{file}: no noise schedule follows from its betas")
-    return scheduler
 
 
 def from_folder(folder: Path, kind: Any, **options: Any) -> Any:

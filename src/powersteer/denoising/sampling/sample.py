@@ -18,6 +18,7 @@ from powersteer.adapters.attach import attach
 from powersteer.adapters.protocol import Adapter
 from powersteer.core.errors import NonFiniteError, PowersteerError, PowersteerWarning
 from powersteer.core.files import reason_of
+from powersteer.denoising.objective import objective_of
 from powersteer.denoising.settings import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, SCHEDULERS, Scheduler
 
 
@@ -126,5 +127,15 @@ def check_steps(pipe: Any, num_inference_steps: int, strength: float = 1.0) -> N
 
 
 def make_scheduler(name: Scheduler, own: Any) -> Any:
-    """A scheduler by name, for the noise that the base's own was made for."""
-    return getattr(diffusers, SCHEDULERS[name]).from_config(own.config)
+    """A scheduler by name, for the noise that the base's own was made for.
+
+    Raises:
+        PowersteerError: It does not sample what the base predicts.
+    """
+    made = getattr(diffusers, SCHEDULERS[name]).from_config(own.config)
+    predicted, sampled = (objective_of(scheduler).prediction_type for scheduler in (own, made))
+    if predicted != sampled:
+        raise PowersteerError(
+            f"scheduler={name} samples from {sampled}, and the base predicts {predicted}: leave scheduler out"
+        )
+    return made
