@@ -135,9 +135,9 @@ class Diffusion(Objective):
     def _schedule(self) -> Any:
         return DDPMScheduler.from_config(dict(self._config))
 
-    @property
+    @cached_property
     def _alphas(self) -> torch.Tensor:
-        return self._schedule.alphas_cumprod
+        return self._schedule.alphas_cumprod.cpu()  # on a GPU after noise was mixed in there
 
     def sampler(self, log_snr_share: float = 0.0, weighting_scheme: WeightingScheme = "none") -> TimeSampler:
         """See `Objective.sampler`; uneven times come one from each of ``count`` equally probable parts."""

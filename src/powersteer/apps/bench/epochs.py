@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from powersteer.adapters.attach import attach
@@ -23,6 +22,8 @@ from powersteer.core.hardware import fast_attention, native_precision
 from powersteer.data.encode import EncodedPairs, conditions_of, encode_pairs
 from powersteer.data.pairs import Pairs
 from powersteer.data.rows import Picture, Row
+from powersteer.denoising.objective import objective_of
+from powersteer.denoising.step import Batch, denoiser, predict, squared_errors
 
 LEARNING_RATE = 1e-5
 EPOCH_PAIRS, EPOCH_BATCH = 128, 16
@@ -91,16 +92,16 @@ def _rows(folder: Path, side: int) -> Iterator[Row]:
 
 def _epoch(pipe: Any, model: BPSModel, optimizer: torch.optim.Optimizer, encoded: EncodedPairs) -> None:
     device, precision = pipe.unet.device, native_precision(pipe.unet.device)
+    objective = objective_of(pipe.scheduler)
     for start in range(0, len(encoded), EPOCH_BATCH):
         samples = [encoded[i, 0] for i in range(start, start + EPOCH_BATCH)]
         latents, condition = encoded.latents(samples).to(device), conditions_of(samples)
-        noise, timesteps = torch.randn_like(latents), torch.randint(1000, (len(latents),))
-        states = encoded.texts([sample.texts[0] for sample in samples])
+        noise, times = torch.randn_like(latents), objective.sampler()(len(latents), torch.default_generator)
+        texts = encoded.texts([sample.texts[0] for sample in samples])
+        batch = Batch.of(pipe, latents, noise, times, texts)
         with attach(pipe.unet, model, condition, plan=None), fast_attention(device.type, precision):
-            noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
-            text = states["encoder_hidden_states"].to(device)
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                guess = pipe.unet(noisy, timesteps.to(device), text).sample
-            F.mse_loss(guess.float(), noise).backward()
+                prediction = predict(denoiser(pipe.unet), objective, batch, device, pipe.unet.dtype)
+            squared_errors(objective, prediction, batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from diffusers import DDPMScheduler
 from torch import nn
 
 from powersteer.adapters.attach import attach
@@ -20,8 +20,11 @@ from powersteer.apps.bench.turns import OUT_OF_MEMORY, chosen, is_cuda, must_fit
 from powersteer.backbones.unet import UNetBackbone
 from powersteer.core.hardware import fast_attention, machine
 from powersteer.core.memory import TensorBytes
-from powersteer.training.memory import estimate_memory
+from powersteer.denoising.objective import objective_of
+from powersteer.denoising.step import Batch, Denoise, denoiser, predict, squared_errors
+from powersteer.training.memory import Step, estimate_memory
 
+OBJECTIVE = objective_of(DDPMScheduler())
 METHODS = ("ControlNet", "BPS paper", "BPS lite", "T2I-Adapter")
 """The methods, the baseline first."""
 
@@ -132,8 +135,8 @@ class _Trainee:
     """A network in training: one step of the loop of diffusers' example scripts."""
 
     trained: nn.Module
-    predict: Callable[[], torch.Tensor]
-    target: torch.Tensor
+    denoise: Denoise
+    batch: Batch
     precision: torch.dtype
     context: Callable[[], Any] = nullcontext
 
@@ -141,11 +144,11 @@ class _Trainee:
         self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=LEARNING_RATE, fused=True)
 
     def step(self) -> None:
-        device_type = self.target.device.type
-        with self.context(), fast_attention(device_type, self.precision):
-            with torch.autocast(device_type, self.precision, enabled=self.precision != torch.float32):
-                loss = F.mse_loss(self.predict().float(), self.target)
-            loss.backward()
+        device = self.batch.latents.device
+        with self.context(), fast_attention(device.type, self.precision):
+            with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
+                prediction = predict(self.denoise, OBJECTIVE, self.batch, device, self.precision)
+            squared_errors(OBJECTIVE, prediction, self.batch).mean().backward()
         torch.nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -184,51 +187,49 @@ class _Scene:
 
     def _trainee(self, name: str) -> _Trainee:
         unet, batch_size, side, pixels = self.unet, self.batch_size, self.side, self.side * self.factor
-        sample = torch.randn(batch_size, 4, side, side, dtype=self.precision)
-        target = torch.randn(batch_size, 4, side, side)
-        timesteps = torch.randint(1000, (batch_size,))
+        latents, noise = torch.randn(2, batch_size, 4, side, side)
+        times = OBJECTIVE.at(torch.rand(batch_size))
         text = torch.randn(batch_size, 77, unet.config["cross_attention_dim"], dtype=self.precision)
         inputs: dict[str, Any] = {"encoder_hidden_states": text}
         if self.shape == "sdxl":
             pooled = torch.randn(batch_size, 1280, dtype=self.precision)
             inputs = UNetBackbone.inputs({**inputs, "text_embeds": pooled}, (pixels, pixels))
+        batch, denoise = Batch(latents, noise, times, inputs), denoiser(unet)
         sketch = torch.rand(batch_size, 1, pixels, pixels)
-
-        def denoise(**extra: Any) -> torch.Tensor:
-            return unet(sample, timesteps, **inputs, **extra).sample
 
         if name.startswith("BPS"):
             model: Any = BPSModel.from_unet(unet, pixel_unshuffle=self.factor, preset=_preset(name))
             context = partial(attach, unet, model, sketch, plan=None)
-            return _Trainee(model.train(), denoise, target, self.precision, context)
+            return _Trainee(model.train(), denoise, batch, self.precision, context)
         if name == "ControlNet":
             controlnet: Any = make_controlnet(unet, self.factor)
             nn.Module.to(controlnet.train(), torch.float32)
             picture = sketch.expand(-1, 3, -1, -1)
 
-            def controlled() -> torch.Tensor:
-                down, mid = controlnet(sample, timesteps, controlnet_cond=picture, **inputs, return_dict=False)
+            def controlled(noisy: torch.Tensor, times: torch.Tensor, **inputs: Any) -> torch.Tensor:
+                down, mid = controlnet(noisy, times, controlnet_cond=picture, **inputs, return_dict=False)
                 return denoise(
+                    noisy,
+                    times,
+                    **inputs,
                     down_block_additional_residuals=[residual.to(self.precision) for residual in down],
                     mid_block_additional_residual=mid.to(self.precision),
                 )
 
-            return _Trainee(controlnet, controlled, target, self.precision)
+            return _Trainee(controlnet, controlled, batch, self.precision)
         adapter: Any = make_t2i_adapter(unet, self.factor, self.shape)
 
-        def adapted() -> torch.Tensor:
+        def adapted(noisy: torch.Tensor, times: torch.Tensor, **inputs: Any) -> torch.Tensor:
             features = [feature.to(self.precision) for feature in adapter(sketch)]
-            return denoise(down_intrablock_additional_residuals=features)
+            return denoise(noisy, times, **inputs, down_intrablock_additional_residuals=features)
 
-        return _Trainee(adapter.train(), adapted, target, self.precision)
+        return _Trainee(adapter.train(), adapted, batch, self.precision)
 
     def estimated(self, name: str) -> int | None:
         """What a dry run says of the method's memory, bytes; it knows only this project's own."""
         if not name.startswith("BPS"):
             return None
-        return estimate_memory(
-            {key: value for key, value in self.unet.config.items() if not key.startswith("_")},
-            {"pixel_unshuffle": self.factor, "preset": _preset(name)},
+        step = Step(
             batch_size=self.batch_size,
             size=(self.side, self.side),
             base_dtype=self.precision,
@@ -236,7 +237,9 @@ class _Scene:
             gradient_checkpointing=self.gradient_checkpointing,
             ema=False,
             device_type=torch.device(self.device).type,
-        ).total
+        )
+        unet = {key: value for key, value in self.unet.config.items() if not key.startswith("_")}
+        return estimate_memory(unet, {"pixel_unshuffle": self.factor, "preset": _preset(name)}, step).total
 
 
 def _measure(name: str, scene: _Scene, rounds: int) -> StepRow:

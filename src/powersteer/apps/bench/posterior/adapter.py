@@ -40,7 +40,7 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Score:
-    """Against the exact posterior; the lists go over the bands of timesteps, from little noise to much."""
+    """Against the exact posterior; the lists go over the bands of times, from little noise to much."""
 
     excess: list[float]
     """E‖ε̂ − E[ε | z, y]‖² per pixel: the loss above the exact posterior's."""
@@ -49,7 +49,7 @@ class Score:
 
     @property
     def share(self) -> float:
-        """The share of the Bayes gap that is closed, over all timesteps: 0 is the exact prior, 1 the exact posterior,
+        """The share of the Bayes gap that is closed, over all times: 0 is the exact prior, 1 the exact posterior,
         the limit."""
         return 1 - sum(self.excess) / sum(self.gap)
 
@@ -142,8 +142,8 @@ def score(world: World, unet: Any, network: Adapter, count: int, seed: int) -> S
     pairs = world.draw(count, generator)
     excess: list[float] = []
     gap: list[float] = []
-    for timesteps in world.stratified(count, BANDS, generator):
-        draws = world.disturb(pairs, timesteps, generator)
+    for times in world.stratified(count, BANDS, generator):
+        draws = world.disturb(pairs, times, generator)
         distance = 0.0
         for noisy, guess in guesses(world, unet, network, draws):
             exact = world.posterior.denoise(noisy.pictures, noisy.alphas, noisy.pairs.observed)
@@ -154,11 +154,11 @@ def score(world: World, unet: Any, network: Adapter, count: int, seed: int) -> S
 
 
 def held_out_draws(world: World, pairs: Pairs, generator: torch.Generator) -> Noisy:
-    """Each pair at several stratified timesteps: one in each band at least, more where there are few pairs."""
+    """Each pair at several stratified times: one in each band at least, more where there are few pairs."""
     strata = max(BANDS, -(-HELD_OUT_DRAWS // len(pairs)))
     rows = torch.arange(len(pairs)).repeat(strata)
-    timesteps = world.stratified(len(pairs), strata, generator).flatten()
-    return world.disturb(pairs[rows], timesteps, generator)
+    times = world.stratified(len(pairs), strata, generator).flatten()
+    return world.disturb(pairs[rows], times, generator)
 
 
 @torch.no_grad()
@@ -166,8 +166,7 @@ def guesses(world: World, unet: Any, network: Adapter, draws: Noisy) -> Iterator
     """The steered U-Net's guesses at the noise, with the draws they are for, some at a time."""
     for start in range(0, len(draws.pairs), CHUNK):
         part = slice(start, start + CHUNK)
-        noisy = Noisy(draws.pairs[part], draws.timesteps[part], draws.noise[part], draws.alphas[part])
-        yield noisy, _posterior(world, unet, network, noisy)
+        yield draws[part], _posterior(world, unet, network, draws[part])
 
 
 def _posterior(world: World, unet: Any, network: Adapter, noisy: Noisy) -> torch.Tensor:

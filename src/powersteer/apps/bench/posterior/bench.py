@@ -138,7 +138,7 @@ def bench_posterior(
         setup,
         machine("cpu"),
         world.observation.information(world.field),
-        [f"{1000 * band // BANDS}-{1000 * (band + 1) // BANDS - 1}" for band in range(BANDS)],
+        [world.objective.span(band, BANDS) for band in range(BANDS)],
         (world.field.loss(world.alphas) - world.posterior.around.loss(world.alphas)).view(BANDS, -1).mean(1).tolist(),
         prior_excess(unet, world, evaluated_pairs, EVALUATION_SEED),
         rows,

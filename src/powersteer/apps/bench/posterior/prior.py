@@ -63,8 +63,8 @@ def train_prior(updates: int, seed: int = 0) -> tuple[UNet2DConditionModel, dict
 
     def loss() -> torch.Tensor:
         pictures = world.field.sample(BATCH, generator)
-        timesteps = world.stratified(1, BATCH, generator)[:, 0]
-        noisy = world.disturb(Pairs(pictures, pictures), timesteps, generator)
+        times = world.stratified(1, BATCH, generator)[:, 0]
+        noisy = world.disturb(Pairs(pictures, pictures), times, generator)
         target = world.field.denoise(noisy.pictures, noisy.alphas)
         return F.mse_loss(predict(unet, noisy), target.float())
 
@@ -82,8 +82,8 @@ def prior_excess(unet: Any, world: World, count: int, seed: int) -> list[float]:
     generator = torch.Generator().manual_seed(seed)
     pairs = world.draw(count, generator)
     excess: list[float] = []
-    for timesteps in world.stratified(count, BANDS, generator):
-        noisy = world.disturb(pairs, timesteps, generator)
+    for times in world.stratified(count, BANDS, generator):
+        noisy = world.disturb(pairs, times, generator)
         exact = world.field.denoise(noisy.pictures, noisy.alphas)
         excess.append((predict(unet, noisy) - exact).square().mean().item())
     return excess

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
+from powersteer.denoising.objective import Objective, objective_of
 from powersteer.evaluation.gaussian import Gaussian, Observation, Posterior, gaussian_field, observation
 
 SIDE, LENGTH_PIXELS, EXPONENT, NOISE = 16, 4.0, 1.5, 0.1
 """The field's side and correlation length in pixels, and its exponent; and the observation's noise τ."""
 BANDS = 4
-"""Equal bands of timesteps."""
+"""Equal bands of times."""
 DEVIATIONS = 4.0
 """An observed value within so many standard deviations of zero has its place in [0, 1]; 1 in 16,000 has not."""
 WIDTHS, TEXT_WIDTH = (16, 32, 64), 8
@@ -41,18 +42,24 @@ class Noisy:
     """Pairs, each with noise of its own strength."""
 
     pairs: Pairs
-    timesteps: torch.Tensor
+    times: torch.Tensor
     """(N,)."""
     noise: torch.Tensor
     """ε, like the pictures."""
-    alphas: torch.Tensor
-    """ᾱ of each, (N,)."""
+    objective: Objective
+
+    def __getitem__(self, rows: Any) -> Noisy:
+        return Noisy(self.pairs[rows], self.times[rows], self.noise[rows], self.objective)
+
+    @property
+    def alphas(self) -> torch.Tensor:
+        """ᾱ of each, (N,)."""
+        return self.objective.signal(self.times)
 
     @property
     def pictures(self) -> torch.Tensor:
         """z = √ᾱ·x + √(1−ᾱ)·ε."""
-        alphas = self.alphas[:, None, None, None]
-        return alphas.sqrt() * self.pairs.pictures + (1 - alphas).sqrt() * self.noise
+        return self.objective.corrupt(self.pairs.pictures, self.noise, self.times)
 
 
 class World:
@@ -70,8 +77,10 @@ class World:
         self.field: Gaussian = gaussian_field(SIDE, LENGTH_PIXELS, EXPONENT)
         self.posterior: Posterior = self.observation.posterior(self.field)
         schedule = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-        self.alphas: torch.Tensor = schedule.alphas_cumprod.double()
-        """ᾱ, (1000,): Stable Diffusion's."""
+        self.objective: Objective = objective_of(schedule)
+        """The noise is predicted, on Stable Diffusion's schedule."""
+        self.alphas: torch.Tensor = self.objective.signal(self.objective.times)
+        """ᾱ of all times."""
         self._range = DEVIATIONS * self.observation.spread(self.field)
 
     def draw(self, count: int, generator: torch.Generator) -> Pairs:
@@ -79,15 +88,15 @@ class World:
         pictures = self.field.sample(count, generator)
         return Pairs(pictures, self.observation.observe(pictures, generator))
 
-    def disturb(self, pairs: Pairs, timesteps: torch.Tensor, generator: torch.Generator) -> Noisy:
-        """The pairs with noise of the timesteps' strength, (N,)."""
+    def disturb(self, pairs: Pairs, times: torch.Tensor, generator: torch.Generator) -> Noisy:
+        """The pairs with noise of the times' strength, (N,)."""
         noise = torch.randn(pairs.pictures.shape, generator=generator, dtype=torch.float64)
-        return Noisy(pairs, timesteps, noise, self.alphas[timesteps])
+        return Noisy(pairs, times, noise, self.objective)
 
     def stratified(self, count: int, strata: int, generator: torch.Generator) -> torch.Tensor:
-        """Timesteps (strata, count): in each row one for each pair, all from one of so many equal bands."""
+        """Times (strata, count): in each row one for each pair, all from one of so many equal bands."""
         places = torch.arange(strata)[:, None] + torch.rand(strata, count, generator=generator)
-        return (places / strata * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
+        return self.objective.at(places / strata)
 
     def condition(self, observed: torch.Tensor) -> torch.Tensor:
         """The observation as adapters read it: a picture in [0, 1] of one channel, or of three.
@@ -126,4 +135,4 @@ def predict(unet: Any, noisy: Noisy) -> torch.Tensor:
     """The U-Net's guess at the noise, (N, 1, side, side) in float32; the text is one empty token."""
     text = torch.zeros(len(noisy.pairs), 1, TEXT_WIDTH)
     pictures = noisy.pictures.float().contiguous(memory_format=torch.channels_last)
-    return unet(pictures, noisy.timesteps, text).sample
+    return unet(pictures, noisy.objective.model_times(noisy.times), text).sample
