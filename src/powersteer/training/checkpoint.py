@@ -239,7 +239,8 @@ def _save_network(network: Adapter, folder: Path) -> None:
     """Into a new folder; its parent must be there, since one that was removed must not come back with these alone."""
     remove(folder)
     folder.mkdir()
-    network.save_pretrained(folder)
+    saved: Any = network  # a model of diffusers, of any class
+    saved.save_pretrained(folder)
     mode = (folder / "config.json").stat().st_mode
     for file in folder.iterdir():
         file.chmod(mode)  # safetensors makes files that nobody else may read, whatever the user's umask

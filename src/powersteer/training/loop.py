@@ -49,9 +49,7 @@ def fit(run: Run, place: Place, last_step: int, description: str = "training") -
         place.still_there()
         monitor.resume(state.step)
         if state.step == 0:
-            with learner.averaged() as measured:
-                watch.validate(measured, state, learner.learning_rate)
-                watch.pictures(measured, 0)
+            _look(learner, watch, state, validates=True, shows=True)
         began, interrupted = time.perf_counter() - state.seconds, False
         batches = Batches(run, state.step)
         while not state.finished(config, last_step) and not interrupted:
@@ -76,12 +74,7 @@ def fit(run: Run, place: Place, last_step: int, description: str = "training") -
             last = state.finished(config, last_step)
             validates = state.step % config.validation_steps == 0 or last
             shows = state.step % config.validation_image_steps == 0 or last
-            if validates or shows:
-                with learner.averaged() as measured:
-                    if validates:
-                        watch.validate(measured, state, learner.learning_rate)
-                    if shows:
-                        watch.pictures(measured, state.step)
+            _look(learner, watch, state, validates=validates, shows=shows)
             monitor.advance(state.step, state.loss, batches.share.batch_size)
             if state.step % config.checkpointing_steps == 0 or interrupted or state.finished(config, last_step):
                 learner.save(place, state)
@@ -115,6 +108,17 @@ def _gradient(run: Run, learner: Learner, batches: Batches, step: int) -> tuple[
         losses.append(loss.detach())
         names += micro.names
     return names, torch.cat(losses)
+
+
+def _look(learner: Learner, watch: Watch, state: TrainState, *, validates: bool, shows: bool) -> None:
+    """Measure the averaged weights, and show what they make."""
+    if not validates and not shows:
+        return
+    with learner.averaged() as measured:
+        if validates:
+            watch.validate(measured, state, learner.learning_rate)
+        if shows:
+            watch.pictures(measured, state.step)
 
 
 def _refuse_non_finite(step: int, names: list[str], losses: torch.Tensor, output_dir: Path) -> None:
