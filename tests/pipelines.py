@@ -1,7 +1,7 @@
-"""Every diffusers pipeline that takes a `UNet2DConditionModel`, made of tiny real parts and called by argument names.
+"""Every diffusers pipeline that takes a `UNet2DConditionModel`, made of tiny real parts.
 
-Classes are found in the installed diffusers. Parts, U-Net options and arguments come from tables by the *names* in a
-class's signatures, so that a pipeline of a later diffusers is built by the same tables.
+Classes are found in the installed diffusers. Parts and the U-Net's options come from tables by the *names* in a class's
+signatures, as arguments do in `pipeline_calls`, so that a pipeline of a later diffusers is built by the same tables.
 """
 
 from __future__ import annotations
@@ -21,15 +21,11 @@ import diffusers.pipelines
 import numpy as np
 import torch
 import transformers
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-from PIL import Image
+from diffusers import DiffusionPipeline
 
 from conftest import build_pipe, build_unet
+from pipeline_unets import WIDTH, unet_options
 
-WIDTH = 24
-"""Of text features, one encoder's."""
-STEPS = 2
-PROMPTS = ["a fox", "the moon"]
 SIDE = 32
 CHANGED = {
     "VersatileDiffusionPipeline": "text_to_image",
@@ -474,65 +470,6 @@ def part(at: Traits, name: str, told: str, unet: Any) -> Any:
     raise KeyError(f"no part for {name}: {told}")
 
 
-# --- the U-Net
-
-SIMPLE = {
-    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    "resnet_time_scale_shift": "scale_shift",
-    "attention_head_dim": 4,
-}
-
-
-def unet_options(at: Traits) -> dict[str, Any]:
-    init, call = at.init, at.call
-    found: dict[str, Any] = {"layers_per_block": 2 if "ControlNetXSAdapter" in init.values() else 1}
-    if ("pooled_prompt_embeds" in call and "target_size" in call) or "text_encoder_2" in init:
-        width = WIDTH * (2 if "text_encoder_2" in init else 1)
-        found |= {
-            "cross_attention_dim": width,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
-        }
-    if "movq" in init or any(name.endswith("prior_prior") for name in init):
-        kind = "text_image" if "text_encoder" in init else "image_hint" if "hint" in call else "image"
-        found |= SIMPLE | {"out_channels": 8, "addition_embed_type": kind}
-        found |= {
-            "encoder_hid_dim": WIDTH,
-            "encoder_hid_dim_type": "text_image_proj" if kind == "text_image" else "image_proj",
-        }
-        found["in_channels"] = 9 if "mask_image" in call else 8 if "hint" in call else 4
-        if kind == "text_image":
-            found["addition_embed_type_num_heads"] = 2
-    if at.pixels:
-        twice = "image_noising_scheduler" in init
-        found |= SIMPLE | {"in_channels": 6 if twice else 3, "out_channels": 6, "sample_size": 8}
-        found |= {"class_embed_type": "timestep"} if twice else {}
-        found |= {"class_embed_type": "identity"} if "decoder" in init else {"encoder_hid_dim": WIDTH}
-    for told, options in (
-        ("low_res_scheduler" in init, {"in_channels": 7, "num_class_embeds": 1000}),
-        ("image_guidance_scale" in call, {"in_channels": 8}),
-        ("ensemble_size" in call, {"in_channels": 8}),
-        ("depth_estimator" in init, {"in_channels": 5}),
-        ("example_image" in call, {"in_channels": 9}),
-        ("image_normalizer" in init,
-         {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * WIDTH}),
-        (init.get("scheduler") == "LCMScheduler", {"time_cond_proj_dim": 16}),
-        ("audio_length_in_s" in call and "transcription" not in call,
-         {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": WIDTH,
-          "class_embeddings_concat": True, "cross_attention_dim": (16, 32)}),
-        ("gligen_boxes" in call,
-         {"attention_type": "gated-text-image" if "gligen_images" in call else "gated"}),
-        ("mel" in init, {"sample_size": (8, 8)}),
-        (at.kind.__name__ == "StableDiffusionLatentUpscalePipeline",
-         {"in_channels": 8, "out_channels": 5, "time_cond_proj_dim": 128 + WIDTH}),
-    ):  # fmt: skip
-        found |= options if told else {}
-    return found
-
-
 def build(kind: type[DiffusionPipeline]) -> DiffusionPipeline:
     """The pipeline of tiny random parts."""
     at = traits(kind)
@@ -553,143 +490,3 @@ def build(kind: type[DiffusionPipeline]) -> DiffusionPipeline:
     pipe = kind(**parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-# --- arguments
-
-
-def picture(row: int, side: int = SIDE, seed: int = 0, mode: str = "RGB") -> Image.Image:
-    generator = np.random.default_rng(100 * seed + row)
-    small = Image.fromarray(generator.integers(0, 255, (4, 4, 3), dtype=np.uint8))
-    return small.resize((side, side), Image.Resampling.NEAREST).convert(mode)
-
-
-def mask(side: int) -> Image.Image:
-    shape = np.zeros((side, side), dtype=np.uint8)
-    shape[: side // 2] = 255
-    return Image.fromarray(shape)
-
-
-def features(row: int, *shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 * seed + row))
-
-
-def stacked(make: Callable[[int], Any], rows: list[int]) -> torch.Tensor:
-    return torch.stack([make(row) for row in rows])
-
-
-def side_of(at: Traits) -> int:
-    """Of the picture that is read."""
-    if at.pixels or "low_res_scheduler" in at.init:
-        return 8
-    return 16 if at.kind.__name__ == "StableDiffusionLatentUpscalePipeline" else SIDE
-
-
-ARGUMENTS: dict[str, Callable[[Traits, list[int]], Any]] = {
-    "prompt": lambda _, rows: [PROMPTS[row] for row in rows],
-    "source_prompt": lambda _, rows: ["two fish" for _ in rows],
-    "image": lambda at, rows: [picture(row, side_of(at)) for row in rows],
-    "original_image": lambda at, rows: [picture(row, 16, 3) for row in rows],
-    "control_image": lambda at, rows: (
-        [stacked(lambda row: features(row, 3, SIDE, SIDE).sigmoid(), rows)]
-        if "control_mode" in at.call
-        else [picture(row, seed=1) for row in rows]
-    ),
-    "example_image": lambda _, rows: [picture(row, seed=2) for row in rows],
-    "mask_image": lambda at, rows: [mask(8 if "image_latents" in at.call else side_of(at)) for _ in rows],
-    "control_mode": lambda *_: [0],
-    "strength": lambda *_: 1.0,
-    "inpaint_strength": lambda *_: 1.0,
-    "hint": lambda _, rows: stacked(lambda row: features(row, 3, 2 * SIDE, 2 * SIDE).sigmoid(), rows),
-    "image_embeds": lambda _, rows: stacked(lambda row: features(row, WIDTH), rows),
-    "negative_image_embeds": lambda _, rows: stacked(lambda _: features(7, WIDTH), rows),
-    "image_latents": lambda _, rows: stacked(lambda row: features(row, 2, 4, 8, 8), rows),
-    "encoding": lambda _, rows: stacked(lambda row: features(row, 5, WIDTH), rows),
-    "gligen_phrases": lambda *_: ["a fox"],
-    "gligen_boxes": lambda *_: [[0.1, 0.1, 0.6, 0.6]],
-    "gligen_images": lambda *_: [picture(0)],
-    "token_indices": lambda _, rows: [[2] for _ in rows],
-    "attn_res": lambda *_: (4, 4),
-    "source_embeds": lambda *_: features(1, 2, 12, WIDTH),
-    "target_embeds": lambda *_: features(2, 2, 12, WIDTH),
-    "editing_prompt": lambda *_: ["two fish"],
-    "use_intersect_mask": lambda *_: False,
-    "edit_warmup_steps": lambda *_: 0,
-    "video_length": lambda *_: 2,
-    "t0": lambda *_: 1,
-    "t1": lambda *_: 2,
-    "audio_length_in_s": lambda *_: 0.008,
-    "batch_size": lambda _, rows: len(rows),
-    "height": lambda at, _: 16 if at.pixels else SIDE,
-    "width": lambda at, _: 16 if at.pixels else SIDE,
-    "num_inference_steps": lambda *_: STEPS,
-    "steps": lambda *_: STEPS,
-    "decoder_num_inference_steps": lambda *_: 3,
-    "prior_num_inference_steps": lambda *_: 2,
-    "super_res_num_inference_steps": lambda *_: 2,
-    "processing_resolution": lambda *_: SIDE,
-    "clean_caption": lambda *_: False,
-    "max_sequence_length": lambda *_: 12,
-    "noise_level": lambda *_: 20,
-    "reference_image": lambda _, rows: picture(0, seed=5),
-    "condtioning_image": lambda _, rows: picture(0, seed=6),
-    "source_subject_category": lambda _, rows: ["a fox" for _ in rows],
-    "target_subject_category": lambda _, rows: [PROMPTS[row] for row in rows],
-    "prompt_reps": lambda *_: 1,
-    "generator": lambda _, rows: [torch.Generator().manual_seed(row) for row in rows],
-}
-"""By parameter's name, for the pictures of these rows."""
-
-GUIDANCE = ("guidance_scale", "decoder_guidance_scale", "edit_guidance_scale")
-
-
-def arguments(at: Traits, rows: list[int], guidance: float | None) -> dict[str, Any]:
-    given = {name: make(at, rows) for name, make in ARGUMENTS.items() if name in at.call}
-    if "image" in given and at.call.get("image_embeds", inspect.Parameter.empty) is None:
-        del given["image_embeds"]
-    if guidance is not None:
-        given |= {name: guidance for name in GUIDANCE if name in at.call}
-    if at.pixels and "image_noising_scheduler" not in at.init:
-        given = {name: value for name, value in given.items() if name not in ("height", "width")}
-    if "output_type" in at.call:
-        given["output_type"] = "latent" if '"latent"' in at.source else "pt" if '"pt"' in at.source else "np"
-    if "output_latent" in at.call:
-        given["output_type"] = "pt"
-    if any("ClapModel" in told for told in at.init.values()):
-        del given["prompt"]
-        given["prompt_embeds"] = stacked(lambda row: features(row, WIDTH), rows)
-        given["negative_prompt_embeds"] = stacked(lambda _: features(9, WIDTH), rows)
-    return given | {name: make(rows) for name, make in EXTRA.get(at.kind.__name__, {}).items()}
-
-
-EXTRA: dict[str, dict[str, Callable[[list[int]], Any]]] = {
-    "TextToVideoZeroPipeline": {"num_inference_steps": lambda _: 4},
-    "TextToVideoZeroSDXLPipeline": {"num_inference_steps": lambda _: 4},
-    "StableDiffusionLDM3DPipeline": {"output_type": lambda _: "np"},
-    "StableDiffusionInpaintPipelineLegacy": {"image": lambda _: picture(0), "mask_image": lambda _: mask(SIDE)},
-    "VersatileDiffusionPipeline": {"prompt": lambda rows: [PROMPTS[row] for row in rows]},
-}
-"""What a name does not tell."""
-
-
-def guided(at: Traits) -> bool:
-    return any(name in at.call for name in GUIDANCE)
-
-
-def unet_of(pipe: DiffusionPipeline) -> UNet2DConditionModel | None:
-    found = [part for part in pipe.components.values() if isinstance(part, UNet2DConditionModel)]
-    return found[0] if found else None
-
-
-def drawn(pipe: DiffusionPipeline, rows: list[int], guidance: float | None = None) -> torch.Tensor:
-    """The pictures of these rows, (N, …)."""
-    at = traits(type(pipe))
-    torch.manual_seed(5)
-    if hasattr(pipe, "invert") and "editing_prompt" in at.call:
-        pipe.invert([picture(row) for row in rows], num_inversion_steps=STEPS, skip=0.0,
-                    generator=torch.Generator().manual_seed(0))  # fmt: skip
-    result = getattr(pipe, at.entry)(**arguments(at, rows, guidance))
-    found = next(iter(result.values())) if isinstance(result, dict) else result[0]
-    if isinstance(found, list):
-        found = np.stack([np.asarray(one) for one in found])
-    return torch.as_tensor(np.asarray(found), dtype=torch.float32)
