@@ -34,7 +34,7 @@ Plan = SteeringPlan | Literal["auto"] | None
 
 
 @contextmanager
-def attach(
+def attach(  # all that one can say of steering; more than half is its documentation
     pipe: DiffusionPipeline | nn.Module,
     model: Adapter | Sequence[Adapter],
     condition: Condition | Sequence[Condition],

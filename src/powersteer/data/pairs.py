@@ -138,7 +138,7 @@ class Pairs:
             file and column.
     """
 
-    def __init__(
+    def __init__(  # the keys of a configuration that concern pairs
         self,
         folder: Path | Sequence[Row],
         size: Size,

@@ -133,7 +133,7 @@ class BPSModel(BPSAdapter, HubMixin, ConfigMixin):
     config_name = "config.json"
 
     @register_to_config
-    def __init__(
+    def __init__(  # the entries of config.json, as diffusers has them; the paths in the order of the drawing
         self,
         conditioning_channels: int = 1,
         pixel_unshuffle: int = 8,

@@ -71,7 +71,7 @@ class PosteriorBench:
         return asdict(self) | {"prior_share": self.prior_share}
 
 
-def bench_posterior(
+def bench_posterior(  # the options of the command; one loop over methods, pairs and seeds
     out_dir: Path,
     *,
     observation: str = "edges",
