@@ -182,5 +182,5 @@ def test_nothing_is_loaded_nor_drawn():
 
 
 def test_a_wrong_network_is_refused(unet):
-    with pytest.raises(ValueError, match="preset must be"):
+    with pytest.raises(ValueError, match="there is no network 'large'"):
         estimate_memory(unet.config, {"preset": "large"}, Step(1, (8, 8)))

@@ -123,6 +123,8 @@ class _Imagined:
             steering.enter_context(attach(unet, self.model, self.condition, plan=None))
             steering.enter_context(fast_attention(step.device_type, step.precision))
             with self.fake, TensorBytes([*unet.parameters(), *self.model.parameters(), *kept]) as counted:
+                # `attach` keeps a copy where the adapter is. It is seen where checkpointing saves it as an input.
+                copied = None if step.gradient_checkpointing else torch.zeros(self.condition.shape)
                 inputs = _inputs(unet, step)
                 target = torch.zeros(step.batch_size, unet.config["out_channels"], *step.size)
                 for _ in range(1 + step.gradient_accumulation):
@@ -131,9 +133,11 @@ class _Imagined:
                     loss = F.mse_loss(guess.float(), target)
                     loss.backward()
                 steering.close()  # on recomputation its hooks were needed
+                del copied
                 if optimizer is not None:
                     optimizer.step()
-        return counted.peak + self.condition.nbytes
+        # The caller's own condition stays in main memory.
+        return counted.peak + (self.condition.nbytes if step.device_type == "cpu" else 0)
 
 
 def _freeze(unet: nn.Module, dtype: torch.dtype) -> None:
