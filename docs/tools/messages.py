@@ -25,8 +25,8 @@ class Message:
 def messages(source: Path = SOURCE) -> list[Message]:
     """Of every `PowersteerError`, and of every `ValueError` of a configuration or preset, sorted, each once.
 
-    Plain `ValueError`s of ``data/prepare/sources/`` are caught there. An error that only passes on a text made elsewhere is not
-    listed; what makes the text is.
+    Plain `ValueError`s of ``data/prepare/sources/`` are caught there. An error that only passes on a text made
+    elsewhere is not listed; what makes the text is.
     """
     trees = {file.relative_to(source).as_posix(): ast.parse(file.read_text("utf-8")) for file in source.rglob("*.py")}
     constants = {name: text for tree in trees.values() for name, text in _constants(tree)}
