@@ -316,21 +316,21 @@ def test_two_processes_train_what_one_does(halves):
 SHARDED = """
 import atexit, runpy, sys
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from powersteer.training import loop, sharding
+from powersteer.training import learner, sharding
 kind = sys.argv.pop(1)
 kinds = {"deepspeed": DistributedType.DEEPSPEED, "fsdp": DistributedType.MULTI_GPU}
 PartialState(cpu=True).distributed_type = kinds[kind]
 if kind == "deepspeed":
     import deepspeed.comm.torch
     deepspeed.comm.torch.build_shm_op = lambda: None
-load, parts = loop.load_optimizer_state, []
+load, parts = learner.load_optimizer_state, []
 
 def load_and_look(optimizer, state):
     load(optimizer, state)
     local = getattr(optimizer.optimizer, "optimizer", optimizer.optimizer).state.values()
     parts.extend(getattr(one["exp_avg"], "_local_tensor", one["exp_avg"]).numel() for one in local)
 
-loop.load_optimizer_state = load_and_look
+learner.load_optimizer_state = load_and_look
 atexit.register(lambda: print(f"{AcceleratorState().distributed_type}: {sum(parts)} numbers here"))
 runpy.run_module("powersteer.train", run_name="__main__")
 """
