@@ -39,7 +39,7 @@ def stacked(make: Callable[[int], Any], rows: list[int]) -> torch.Tensor:
 
 
 def side_of(at: Traits) -> int:
-    """Of the picture that is read."""
+    """Side of the picture that is read."""
     if at.pixels or "low_res_scheduler" in at.init:
         return 8
     return 16 if at.kind.__name__ == "StableDiffusionLatentUpscalePipeline" else SIDE

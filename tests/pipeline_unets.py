@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from pipelines import Traits
 
 WIDTH = 24
-"""Of text features, one encoder's."""
+"""Width of one encoder's text features."""
 
 SIMPLE = {
     "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),

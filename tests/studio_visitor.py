@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class Answer:
-    """Of the server."""
+    """What the server answers."""
 
     status: int
     headers: list[tuple[str, str]]

@@ -31,7 +31,7 @@ def tiny_unet(xl: bool = False, **change) -> UNet2DConditionModel:
 
 
 def tiny_pipe(name: str):
-    """Of the real one's picture size, VAE factor and pipeline class."""
+    """A pipeline of the real one's picture size, VAE factor and class."""
     small, lower = build_pipe(), name.lower()
     torch.manual_seed(0)
     vae = AutoencoderKL(

@@ -53,7 +53,7 @@ class Evaluation:
 
     inputs: dict[str, Any]
     processors: dict[str, Any]
-    """Of the attention layers: a pipeline may put its own in while it runs."""
+    """The attention layers: a pipeline may put its own in while it runs."""
     output: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
@@ -156,7 +156,7 @@ class Subject:
 
 
 def images_of(call: Evaluation, alone: list[Evaluation]) -> list[int] | None:
-    """Of each row, whose picture's call made by itself has that row; None where that does not tell."""
+    """For each row, whose picture's call made by itself has that row; None where that does not tell."""
     if any(one.sample.shape[1:] != call.sample.shape[1:] for one in alone):
         return None
     found = []

@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     UNet2DConditionModel,
@@ -309,6 +310,16 @@ def test_fingerprint_refuses_another_base_unless_told_not_to(pipe, tmp_path):
     with steer(pipe, model, condition_of(0), strict_base=False):
         pictures(pipe)
     with steer(pipe.unet, model, condition_of(0)):  # a bare U-Net has no scheduler: nothing to compare
+        pass
+
+
+def test_an_adapter_of_noise_prediction_is_refused_on_a_base_of_flow_matching(pipe):
+    model = BPSModel.from_unet(pipe.unet, pixel_unshuffle=4, weights="uniform", prediction_type="epsilon")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with (
+        pytest.raises(PowersteerError, match=r"trained on .*epsilon.*this is .*flow_prediction.*strict_base=False"),
+        steer(pipe, model, condition_of(0)),
+    ):
         pass
 
 

@@ -41,7 +41,7 @@ def bases(tmp_path_factory):
 
 @pytest.fixture
 def first(bases, tmp_path):
-    """Of 1.x: a folder and a file that may be spoilt."""
+    """A base of 1.x: a folder, and a file that may be spoilt."""
     folder, file = bases["1.x"]
     return Path(shutil.copytree(folder, tmp_path / "folder")), Path(shutil.copy(file, tmp_path / "model.safetensors"))
 

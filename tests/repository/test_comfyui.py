@@ -185,7 +185,7 @@ class UNetModel(nn.Module):
 
 
 class Sampling:
-    """Of noise-predicting models in ComfyUI: sigmas of a thousand timesteps, the nearest by its logarithm."""
+    """Sampling of noise-predicting models in ComfyUI: sigmas of a thousand timesteps, the nearest by its logarithm."""
 
     def __init__(self):
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2

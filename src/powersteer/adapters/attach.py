@@ -25,7 +25,7 @@ from powersteer.adapters.plan import SteeringPlan, plan_of
 from powersteer.adapters.protocol import Adapter
 from powersteer.adapters.rows import Caller, Rows, rows_of
 from powersteer.adapters.source import Evaluation, Source
-from powersteer.backbones.fingerprint import describe, differences
+from powersteer.backbones.fingerprint import describe, differences, predicted_by
 from powersteer.backbones.protocol import Backbone, Call, find_backbone
 from powersteer.conditions.tensors import Condition
 from powersteer.core.errors import PowersteerError
@@ -87,7 +87,7 @@ def attach(  # all that one can say of steering; more than half is its documenta
             (within the block) the number of conditions or their size does not fit the batch.
     """
     backbone, outer, pipeline = _taken_apart(pipe)
-    models = [model] if isinstance(model, nn.Module) else list(model)
+    models: list[Any] = [model] if isinstance(model, nn.Module) else list(model)
     several = not isinstance(model, nn.Module)
     conditions = list(condition) if several and isinstance(condition, Sequence) else [condition]
     spans = [_spread(value, len(models), name) for name, value in (("scale", scale), ("start", start), ("end", end))]
@@ -121,7 +121,7 @@ def check_fits(model: Any, pipe: DiffusionPipeline | nn.Module, *, strict_base: 
         raise PowersteerError(f"a {type(model).__name__} is no adapter: give what load_adapter gives, or train one")
     backbone, _, pipeline = _taken_apart(pipe)
     scheduler = getattr(pipeline, "scheduler", None)
-    given = backbone.fingerprint(scheduler.config.get("prediction_type") if scheduler is not None else None)
+    given = backbone.fingerprint(None if scheduler is None else predicted_by(scheduler))
     spec, (widths, depths) = model.spec, backbone.shape
     if widths != spec.widths or spec.depths not in (None, depths):
         made, has = ("" if spec.depths is None else f", {each} ResNets a level" for each in (spec.depths, depths))

@@ -28,7 +28,7 @@ torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 CALL = "_compiled_call_impl"
 KEY: Any = "powersteer"
-"""Of hooks: a fixed one, for a new one each time would have compiled code look for other hooks."""
+"""Key of the hooks: a fixed one, for a new one each time would have compiled code look for other hooks."""
 
 Run = Callable[[], Any]
 
@@ -75,7 +75,7 @@ def added(output: Any, residual: torch.Tensor) -> Any:
 
 
 _sites: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
-"""Of every layer that was ever steered, for compiled code knows them by identity."""
+"""The hook of every layer that was ever steered; they are kept, for compiled code knows them by identity."""
 _engines: WeakKeyDictionary[nn.Module, Engine] = WeakKeyDictionary()
 _opening = threading.RLock()  # the garbage collector may close a block at any moment
 

@@ -1,10 +1,12 @@
 """What the house asks of an adapter: a network that steers a frozen backbone.
 
-A new kind of network is one file in this folder, with a subclass of `Adapter`. Nothing else asks which it is.
+A new network is one file in `adapters/baselines/`, with a subclass of one of the two kinds. Nothing else asks which it
+is.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,13 +26,13 @@ class Spec:
     """What a network was made for."""
 
     channels: int
-    """Of the conditions."""
+    """Channels of the conditions."""
     reads: int
     """Channels that the network itself takes; a condition of one serves as three."""
     factor: int
     """Condition pixels per latent pixel, along each side."""
     widths: list[int]
-    """Of the backbone's levels."""
+    """Widths of the backbone's levels."""
     depths: list[int] | None
     """Layers in each level; None where the network does not depend on it."""
     base: Mapping[str, Any]
@@ -39,12 +41,12 @@ class Spec:
     """Kind, range, polarity and palette, as far as they were recorded."""
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """A network that steers; a mixin for diffusers' models.
 
     There are two kinds. What reads the condition and the time alone gives residuals, which are shared by the rows of a
-    batch and kept for the next prompt: `residuals` and `sites`. What reads the latents or the text too is evaluated for
-    every call and has a hand in it: `intervene`.
+    batch and kept for the next prompt: `ResidualAdapter`. What reads the latents or the text too is evaluated for every
+    call and has a hand in it: `CallAdapter`.
     """
 
     presets: ClassVar[tuple[str, ...]] = ()
@@ -53,11 +55,9 @@ class Adapter(nn.Module):
     """What it leaves out, by the configuration's name."""
     steers_unconditional: ClassVar[bool] = True
     """Whether both halves of classifier-free guidance are steered, unless one says otherwise."""
-    reads_time: ClassVar[bool] = True
-    reads_call: ClassVar[bool] = False
-    """Whether latents and text are read too."""
 
     @classmethod
+    @abstractmethod
     def from_base(
         cls,
         unet: Any,
@@ -80,22 +80,28 @@ class Adapter(nn.Module):
             conditioning: What the condition is; recorded, too.
             **options: Of one kind of network; others have no use for them.
         """
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def spec(self) -> Spec:
         """What it was made for."""
-        raise NotImplementedError
 
     def save_activation_memory(self: Any) -> None:
         """Gradient checkpointing, in networks that know it."""
         if self._supports_gradient_checkpointing:
             self.enable_gradient_checkpointing()
 
+
+class ResidualAdapter(Adapter):
+    """An adapter that reads the condition and the time alone."""
+
+    reads_time: ClassVar[bool] = True
+
     def sites(self, backbone: Backbone) -> Iterable[tuple[int, nn.Module]]:
         """The layers that residuals are added to, with the residual's position."""
         return backbone.sites()
 
+    @abstractmethod
     def residuals(self, condition: torch.Tensor, time_embedding: torch.Tensor) -> list[torch.Tensor]:
         """One residual (N, C, H, W) a position.
 
@@ -103,8 +109,12 @@ class Adapter(nn.Module):
             condition: (N, C, H, W).
             time_embedding: (N, D) or (1, D), the backbone's own.
         """
-        raise NotImplementedError
 
+
+class CallAdapter(Adapter):
+    """An adapter that reads the latents or the text too, and so is evaluated for every row of every call."""
+
+    @abstractmethod
     def intervene(
         self, backbone: Backbone, call: Call, condition: torch.Tensor, strength: Strength, hooks: ExitStack
     ) -> None:
@@ -117,4 +127,3 @@ class Adapter(nn.Module):
             strength: Of the steering.
             hooks: Closes when the call is over.
         """
-        raise NotImplementedError

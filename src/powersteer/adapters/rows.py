@@ -25,7 +25,7 @@ class Rows:
     parts: int | None
     """None where nothing depends on it."""
     unconditional: tuple[bool, ...] | None
-    """Of each part; None where it is not known."""
+    """Whether each part is unconditional; None where it is not known."""
 
     @property
     def index(self) -> list[int] | None:
@@ -36,7 +36,7 @@ class Rows:
         return [row % images * self.conditions // images for row in range(self.batch)]
 
     def marks(self) -> list[bool]:
-        """Of each row, whether it is unconditional.
+        """Whether each row is unconditional.
 
         Raises:
             PowersteerError: That is not known.

@@ -14,7 +14,7 @@ from torch import nn
 
 from powersteer.adapters.clock import Clock, Once, progress
 from powersteer.adapters.plan import Residuals, SteeringPlan
-from powersteer.adapters.protocol import Adapter, Strength
+from powersteer.adapters.protocol import CallAdapter, ResidualAdapter, Strength
 from powersteer.adapters.rows import Rows
 from powersteer.adapters.watch import Versions, digest, versions, weights_digest
 from powersteer.backbones.protocol import Backbone, Call
@@ -34,7 +34,7 @@ class Evaluation:
     rows: Rows
     scheduler: Any
     spare: list[bool] | None
-    """Of each row, whether it is left unsteered; None steers all."""
+    """Whether each row is left unsteered; None steers all."""
 
     @property
     def sample(self) -> torch.Tensor:
@@ -73,7 +73,7 @@ class Source:
 
     def __init__(
         self,
-        model: Adapter,
+        model: ResidualAdapter | CallAdapter,
         backbone: Backbone,
         picture: Any,
         scale: float,
@@ -91,9 +91,8 @@ class Source:
         self.condition = self._read(picture)
         if not self.spec.conditioning.get(BLIND):
             kind = KINDS.find(self.spec.conditioning.get("kind"))
-            for told in kind.warnings(
-                self.condition, may_be_blank=model.training
-            ):  # training leaves some out on purpose
+            # Training leaves some conditions out on purpose.
+            for told in kind.warnings(self.condition, may_be_blank=model.training):
                 warnings.warn(told, PowersteerWarning, stacklevel=5)
         self._given = picture
         given = picture if isinstance(picture, list | tuple) else [picture]
@@ -110,43 +109,43 @@ class Source:
         strength = self._strength(given)
         if isinstance(strength, float) and not strength:
             return {}
-        if self.model.reads_call:
+        model = self.model
+        if isinstance(model, CallAdapter):
             condition = _placed(self._on(given.sample.device), given.rows, 1.0)
             batch = len(given.sample)
             condition = condition if len(condition) == batch else condition.expand(batch, -1, -1, -1)
-            self.model.intervene(self.backbone, given.call, condition, strength, hooks)
+            model.intervene(self.backbone, given.call, condition, strength, hooks)
             return {}
-        residuals, rows = self._residuals(given)
+        residuals, rows = self._residuals(model, given)
         device = given.sample.device
         placed = [_placed(residual.to(device), rows, strength) for residual in residuals]
         # Asked for in every call: a pipeline may have put other layers in since the last.
-        return {layer: placed[position] for position, layer in self.model.sites(self.backbone)}
+        return {layer: placed[position] for position, layer in model.sites(self.backbone)}
 
-    def _residuals(self, given: Evaluation) -> tuple[Residuals, Rows]:
+    def _residuals(self, model: ResidualAdapter, given: Evaluation) -> tuple[Residuals, Rows]:
         """The residuals, and whose they are."""
         plan = None if torch.is_grad_enabled() or self.model.training else self.plan
-        many = self._differing(given)
-        if many:
+        if self._differing(model, given):
             condition = _placed(self._on(given.sample.device), given.rows, 1.0)
             batch = len(given.sample)
             embedding = given.backbone.time_embedding(given.call, given.call.get(given.backbone.timestep), batch)
-            found = self.model.residuals(condition.expand(batch, -1, -1, -1), embedding.to(condition))
+            found = model.residuals(condition.expand(batch, -1, -1, -1), embedding.to(condition))
             return found, Rows(batch, batch, 1, None)
         source = None if plan is None else self._digest()
         if plan is None or source is None:
-            return self._evaluate(given), given.rows
-        step, device = self._step(given), given.sample.device
+            return self._evaluate(model, given), given.rows
+        step, device = self._step(model, given), given.sample.device
         found = plan.get(source, step[0], device)
         if found is None:
-            found = self._evaluate(given)
+            found = self._evaluate(model, given)
             plan.put(source, step[0], found)
         if step[1] is not None:
             plan.fetch(source, step[1], device)
         return found, given.rows
 
-    def _differing(self, given: Evaluation) -> bool:
+    def _differing(self, model: ResidualAdapter, given: Evaluation) -> bool:
         """Whether rows have timesteps of their own, or other inputs of the time features."""
-        if not self.model.reads_time:
+        if not model.reads_time:
             return False
         timestep = given.call.get(given.backbone.timestep)
         if torch.is_tensor(timestep) and timestep.numel() > 1:
@@ -158,18 +157,18 @@ class Source:
             return False
         return not self._inputs_read(inputs, lambda rows: (bool((rows == rows[:1]).all()), digest(rows[:1])))[0]
 
-    def _evaluate(self, given: Evaluation) -> Residuals:
+    def _evaluate(self, model: ResidualAdapter, given: Evaluation) -> Residuals:
         """Run the network, once for each condition."""
         condition = self._on(given.sample.device)
         timestep = given.call.get(given.backbone.timestep)
         if torch.is_tensor(timestep):
             timestep = timestep.flatten()[:1]
         embedding = given.backbone.time_embedding(given.call, timestep, 1)
-        return self.model.residuals(condition, embedding.to(condition))
+        return model.residuals(condition, embedding.to(condition))
 
-    def _step(self, given: Evaluation) -> tuple[str, str | None]:
+    def _step(self, model: ResidualAdapter, given: Evaluation) -> tuple[str, str | None]:
         """What the time features depend on, now and (as far as it is known) in the next step."""
-        if not self.model.reads_time:
+        if not model.reads_time:
             return "any time", None
         inputs = given.backbone.time_inputs(given.call)
         told = "" if inputs is None else self._inputs_read(inputs, lambda rows: (True, digest(rows[:1])))[1]

@@ -14,12 +14,27 @@ _FAMILIES = {
 }
 
 
+FLOW = "flow_prediction"
+
+
+def predicted_by(scheduler: Any) -> str | None:
+    """What a base's denoiser predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``flow_prediction``.
+
+    Args:
+        scheduler: The base's scheduler, of diffusers, or what its ``scheduler_config.json`` holds.
+    """
+    read = isinstance(scheduler, Mapping)
+    config: Mapping[str, Any] = scheduler if read else scheduler.config
+    name = str(config.get("_class_name")) if read else type(scheduler).__name__
+    return FLOW if name.startswith("FlowMatch") else config.get("prediction_type")
+
+
 def fingerprint(unet: Any, prediction_type: str | None = None) -> dict[str, Any]:
     """Family, block widths, cross-attention width and prediction type (where known) of a base.
 
     Args:
         unet: A `UNet2DConditionModel`.
-        prediction_type: Its scheduler's: ``epsilon``, ``v_prediction`` or ``sample``.
+        prediction_type: Its scheduler's: see `predicted_by`.
     """
     widths = tuple(unet.config["block_out_channels"])
     cross_attention = unet.config["cross_attention_dim"]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from diffusers import DDPMScheduler
 
+from powersteer.backbones.fingerprint import FLOW, predicted_by
 from powersteer.core.errors import PowersteerError
 
 LOWEST_LOG_SNR = -6.0
@@ -247,7 +248,7 @@ class FlowMatching(Objective):
     """
 
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
-        self.prediction_type = "flow_prediction"
+        self.prediction_type = FLOW
         self.num_train_timesteps, self.shift = num_train_timesteps, shift
         ends = torch.tensor([1, max(1, num_train_timesteps - 1)], dtype=torch.float64) / num_train_timesteps
         self._ends: list[float] = self._shifted(ends).tolist()
@@ -341,10 +342,8 @@ def objective_of(scheduler: Any) -> Objective:
     Raises:
         PowersteerError: It is none that can be trained.
     """
-    read = isinstance(scheduler, Mapping)
-    config: Mapping[str, Any] = scheduler if read else scheduler.config
-    name = str(config.get("_class_name")) if read else type(scheduler).__name__
-    if name.startswith("FlowMatch"):
+    config: Mapping[str, Any] = scheduler if isinstance(scheduler, Mapping) else scheduler.config
+    if predicted_by(scheduler) == FLOW:
         # A shift that depends on the picture's size is the sampler's: diffusers' training scripts leave it out, too.
         shift = 1.0 if config.get("use_dynamic_shifting") else config.get("shift", 1.0)
         return FlowMatching(config.get("num_train_timesteps", 1000), shift)

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from powersteer.core.pictures import to_pil
 
 COLOURS = {"prior": "#888", "steered": "#0a7d4f", "shuffled": "#c2410c"}
-"""Of each loss's curve."""
+"""Colour of each loss's curve."""
 
 
 def write_report(path: Path, metrics: dict[str, Any], rows: list[dict[str, Any]], log: list[dict[str, float]]) -> None:

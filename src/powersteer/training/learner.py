@@ -58,7 +58,7 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """The rate of the next update."""
         return self._lr_scheduler.get_last_lr()[0]
 
     def resume(self, place: Place) -> TrainState:

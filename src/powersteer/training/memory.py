@@ -44,9 +44,9 @@ class Step:
     text_length: int = 77
     """Tokens of a prompt."""
     base_dtype: torch.dtype = torch.float32
-    """Of the base's weights; the adapter's are float32."""
+    """Precision of the base's weights; the adapter's are float32."""
     precision: torch.dtype = torch.float32
-    """Of autocast; float32 for none."""
+    """Precision of autocast; float32 for none."""
     gradient_checkpointing: bool = False
     """Whether base and adapter compute their activations again on the way back."""
     gradient_accumulation: bool = False

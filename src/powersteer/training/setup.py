@@ -153,12 +153,12 @@ class Run:
 
     @property
     def config(self) -> TrainConfig:
-        """Of the run."""
+        """The configuration of the run."""
         return self.setup.config
 
     @property
     def objective(self) -> Objective:
-        """Of the base."""
+        """What the base was trained to do."""
         return self.setup.objective
 
     @property

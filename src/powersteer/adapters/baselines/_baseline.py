@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,34 @@ from powersteer.core.records import BASELINE_RECORD
 
 class Baseline(Adapter):
     """A network of diffusers' own, whose config keeps what powersteer knows of it under one key."""
+
+    @classmethod
+    def from_base(
+        cls,
+        unet: Any,
+        *,
+        conditioning_channels: int,
+        pixel_unshuffle: int,
+        prediction_type: str | None = None,
+        conditioning: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> Any:
+        """See `Adapter.from_base`; baselines have no options."""
+        network = cls.untrained(unet, conditioning_channels, pixel_unshuffle)
+        known = {"base": fingerprint(unet, prediction_type), "conditioning": conditioning}
+        network.register_to_config(**{BASELINE_RECORD: known})
+        return network
+
+    @classmethod
+    @abstractmethod
+    def untrained(cls, unet: Any, channels: int, factor: int) -> Any:
+        """The network as it starts.
+
+        Args:
+            unet: What it will steer.
+            channels: Channels of the condition.
+            factor: Condition pixels per latent pixel, along each side.
+        """
 
     @property
     def spec(self) -> Spec:
@@ -49,12 +78,6 @@ class Baseline(Adapter):
     def base_widths(self) -> list[int]:
         """Block widths of the U-Net that it was made for."""
         return list(self.recorded["block_out_channels"])
-
-    def remember(self: Any, unet: Any, prediction_type: str | None, conditioning: Mapping[str, Any] | None) -> Any:
-        """Record what it was made for; itself."""
-        known = {"base": fingerprint(unet, prediction_type), "conditioning": conditioning}
-        self.register_to_config(**{BASELINE_RECORD: known})
-        return self
 
 
 def conditioning_widths(factor: int) -> tuple[int, ...]:

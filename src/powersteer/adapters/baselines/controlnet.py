@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,28 +9,19 @@ import diffusers
 import torch
 
 from powersteer.adapters.baselines._baseline import Baseline, conditioning_widths, in_precision
-from powersteer.adapters.protocol import Strength
+from powersteer.adapters.protocol import CallAdapter, Strength
 from powersteer.backbones.protocol import Backbone, Call
 
 
-class ControlNetModel(Baseline, diffusers.ControlNetModel):
+class ControlNetModel(Baseline, CallAdapter, diffusers.ControlNetModel):
     """Diffusers' ControlNet: a copy of the U-Net's encoder, weights and all. What is saved, diffusers loads too."""
 
     presets = ("controlnet",)
-    reads_call = True
 
     @classmethod
-    def from_base(
-        cls,
-        unet: Any,
-        *,
-        pixel_unshuffle: int,
-        prediction_type: str | None = None,
-        conditioning: Mapping[str, Any] | None = None,
-        **_: Any,
-    ) -> Any:
-        """See `Adapter.from_base`."""
-        widths: Any = conditioning_widths(pixel_unshuffle)
+    def untrained(cls, unet: Any, channels: int, factor: int) -> Any:
+        """See `Baseline.untrained`."""
+        widths: Any = conditioning_widths(factor)
         network = cls.from_unet(unet, conditioning_embedding_out_channels=widths)
         heads = unet.config["addition_embed_type_num_heads"]
         named = unet.config["addition_embed_type"]
@@ -41,7 +31,7 @@ class ControlNetModel(Baseline, diffusers.ControlNetModel):
             copy = cls(**(config | {"addition_embed_type_num_heads": heads}))
             copy.load_state_dict(network.state_dict())
             network = copy
-        return network.remember(unet, prediction_type, conditioning)
+        return network
 
     def intervene(
         self, backbone: Backbone, call: Call, condition: torch.Tensor, strength: Strength, hooks: ExitStack

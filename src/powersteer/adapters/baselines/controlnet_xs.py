@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,12 +10,12 @@ import torch
 from torch import nn
 
 from powersteer.adapters.baselines._baseline import Baseline, conditioning_widths, in_precision
-from powersteer.adapters.protocol import Strength
+from powersteer.adapters.protocol import CallAdapter, Strength
 from powersteer.backbones.protocol import Backbone, Call
 from powersteer.core.errors import PowersteerError
 
 
-class ControlNetXSAdapter(Baseline, diffusers.ControlNetXSAdapter):
+class ControlNetXSAdapter(Baseline, CallAdapter, diffusers.ControlNetXSAdapter):
     """Diffusers' ControlNet-XS, a tenth of the U-Net's widths (a quarter of those of small ones).
 
     Its encoder and the U-Net's read each other's features layer by layer: hooks run within the U-Net's forward, and
@@ -24,19 +23,10 @@ class ControlNetXSAdapter(Baseline, diffusers.ControlNetXSAdapter):
     """
 
     presets = ("controlnet-xs",)
-    reads_call = True
 
     @classmethod
-    def from_base(
-        cls,
-        unet: Any,
-        *,
-        pixel_unshuffle: int,
-        prediction_type: str | None = None,
-        conditioning: Mapping[str, Any] | None = None,
-        **_: Any,
-    ) -> Any:
-        """See `Adapter.from_base`.
+    def untrained(cls, unet: Any, channels: int, factor: int) -> Any:
+        """See `Baseline.untrained`.
 
         Raises:
             PowersteerError: The U-Net has not two ResNets a level, which is all that diffusers' class knows.
@@ -46,11 +36,11 @@ class ControlNetXSAdapter(Baseline, diffusers.ControlNetXSAdapter):
             raise PowersteerError(
                 f"ControlNet-XS takes U-Nets of 2 ResNets a level; this has {config.layers_per_block}"
             )
-        widths: Any = conditioning_widths(pixel_unshuffle)
+        widths: Any = conditioning_widths(factor)
         ratio = 0.1 if config.block_out_channels[0] >= 320 else 0.25
         control_widths: Any = tuple(int(ratio * width) for width in config.block_out_channels)
         # Diffusers' `from_unet` ends in a cast, which tensors without values (a dry run's) cannot do.
-        network = cls(
+        return cls(
             conditioning_embedding_out_channels=widths,
             num_attention_heads=config.attention_head_dim,  # diffusers' misnomer: it is their number
             block_out_channels=control_widths,
@@ -63,7 +53,6 @@ class ControlNetXSAdapter(Baseline, diffusers.ControlNetXSAdapter):
             max_norm_num_groups=config.norm_num_groups,
             use_linear_projection=config.use_linear_projection,
         )
-        return network.remember(unet, prediction_type, conditioning)
 
     @property
     def base_widths(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from powersteer.adapters.baselines._baseline import Baseline
+from powersteer.adapters.protocol import ResidualAdapter
 from powersteer.backbones.protocol import Backbone
 
 
-class ZeroStartT2IAdapter(Baseline, T2IAdapter):
+class ZeroStartT2IAdapter(Baseline, ResidualAdapter, T2IAdapter):
     """Diffusers' full T2I-Adapter, each feature behind a zero-initialised 1×1 convolution.
 
     The original starts with random features, which would not be the prior. A feature is added to the last layer of its
@@ -42,20 +43,10 @@ class ZeroStartT2IAdapter(Baseline, T2IAdapter):
         return [output(feature) for output, feature in zip(self.outputs, super().forward(x), strict=True)]
 
     @classmethod
-    def from_base(
-        cls,
-        unet: Any,
-        *,
-        conditioning_channels: int,
-        pixel_unshuffle: int,
-        prediction_type: str | None = None,
-        conditioning: Mapping[str, Any] | None = None,
-        **_: Any,
-    ) -> Any:
-        """See `Adapter.from_base`; as wide as the U-Net."""
+    def untrained(cls, unet: Any, channels: int, factor: int) -> Any:
+        """See `Baseline.untrained`; as wide as the U-Net."""
         widths = tuple(unet.config["block_out_channels"])
-        network = cls(conditioning_channels, widths, downscale_factor=pixel_unshuffle)
-        return network.remember(unet, prediction_type, conditioning)
+        return cls(channels, widths, downscale_factor=factor)
 
     @property
     def reads(self) -> int:

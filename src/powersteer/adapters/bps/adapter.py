@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from powersteer.adapters.protocol import Adapter, Spec
+from powersteer.adapters.protocol import ResidualAdapter, Spec
 
 
-class BPSAdapter(Adapter):
+class BPSAdapter(ResidualAdapter):
     """A network of residuals, shaped after a U-Net."""
 
     gradient_checkpointing: bool

@@ -22,7 +22,7 @@ from powersteer.data.findings import SEVERITIES
 from powersteer.evaluation.report import curves
 
 SHOWN_FINDINGS = 5
-"""Of each severity."""
+"""How many of each severity."""
 _CHECK: dict[str, Any] = {"concurrency_id": "check", "concurrency_limit": 1, "api_visibility": "private"}
 """Events that read pairs: one at a time."""
 

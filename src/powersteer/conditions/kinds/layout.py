@@ -19,7 +19,7 @@ class Layout(Segmentation):
     """A label map of boxes."""
 
     def agreement(self, wanted: torch.Tensor, found: Pictures, protocol: Mapping[str, Any]) -> Agreement:
-        """Of the boxes of each class."""
+        """The figure of the boxes of each class."""
         classes = protocol["classes"]
         boxes = class_boxes(wanted, classes)
         ious = {name: box_iou(boxes, class_boxes(x, classes)).nanmean(1) for name, x in found.items()}

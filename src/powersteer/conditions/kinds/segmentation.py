@@ -48,7 +48,7 @@ class Segmentation(Kind):
         return [self.agreement(wanted, found, protocol)]
 
     def agreement(self, wanted: torch.Tensor, found: Pictures, protocol: Mapping[str, Any]) -> Agreement:
-        """Of labels (N, H, W) that are wanted and those found in the pictures of each column."""
+        """The figure of the labels (N, H, W) that are wanted, and those found in the pictures of each column."""
         classes = protocol["classes"]
         return Agreement("mIoU", "higher", {name: mean_iou(wanted, x, classes) for name, x in found.items()}, protocol)
 

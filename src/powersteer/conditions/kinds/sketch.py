@@ -21,7 +21,7 @@ from powersteer.core.ssim import SSIM_WINDOW, ssim
 
 @dataclass(frozen=True)
 class Sketch(Kind):
-    """Of one channel it may come in either polarity, and without paper; of more, it is a plain picture."""
+    """Ink on paper. One channel may come in either polarity, and without paper; several are a plain picture."""
 
     def as_condition(self, picture: Image.Image, channels: int, where: str) -> Image.Image:
         """Ink without paper is ink, whatever its colour; see `Kind.as_condition`."""
