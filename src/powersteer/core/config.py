@@ -136,3 +136,13 @@ def _known_keys(kind: type[BaseModel], location: Iterable[int | str]) -> list[st
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def option_of(field: str, names: Mapping[str, str]) -> str:
+    """What a field is called on the command line.
+
+    Args:
+        field: Its name.
+        names: Options that are not called like their field, such as ``--steps``.
+    """
+    return names.get(field, "--" + field.replace("_", "-"))

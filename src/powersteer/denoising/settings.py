@@ -37,6 +37,10 @@ MAX_PICTURES = 100_000
 """The most pictures that an option of one command may ask for."""
 
 
+OPTIONS = {"num_inference_steps": "--steps"}
+"""Options of `powersteer generate` that are not called like their field."""
+
+
 class PictureJob(StrictConfig):
     """One picture to make; each line of a manifest holds one."""
 

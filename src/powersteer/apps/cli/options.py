@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, g
 import typer
 from pydantic.fields import FieldInfo
 
-from powersteer.core.config import ConfigT, StrictConfig, build_config
+from powersteer.core.config import ConfigT, StrictConfig, build_config, option_of
 from powersteer.core.errors import PowersteerError
 
 GUARD = 1000
@@ -41,7 +41,7 @@ class Fields:
 
     def option(self, name: str) -> str:
         """What a field is called on the command line."""
-        return self.names.get(name, "--" + name.replace("_", "-"))
+        return option_of(name, self.names)
 
 
 @dataclass(frozen=True)

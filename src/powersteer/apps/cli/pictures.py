@@ -11,19 +11,15 @@ from rich.table import Table
 from powersteer.apps.cli.options import Fields, Given, refuse_idle, with_fields
 from powersteer.apps.cli.output import err, out, show, tell, write_json
 from powersteer.core.errors import PowersteerError
-from powersteer.denoising.settings import GenerateSettings, PictureJob
+from powersteer.denoising.settings import OPTIONS, GenerateSettings, PictureJob
 from powersteer.evaluation.settings import EvaluateSettings, MeasureSettings
-
-_NAMES = {"num_inference_steps": "--steps"}
-OPTIONS = Fields(_NAMES, leave_out=("prepared",))
-"""How `generate` differs from `GenerateSettings`."""
 
 
 @with_fields
 def generate(
     ctx: typer.Context,
     job: Annotated[Given[PictureJob], Fields(optional=("prompt", "condition"))],
-    settings: Annotated[Given[GenerateSettings], OPTIONS],
+    settings: Annotated[Given[GenerateSettings], Fields(OPTIONS, leave_out=("prepared",))],
     num_images: Annotated[int, typer.Option(min=1, help="Number of pictures, each with its own seed.")] = 4,
     manifest: Annotated[
         Path | None,
@@ -62,7 +58,7 @@ def generate(
 @with_fields
 def evaluate(
     ctx: typer.Context,
-    settings: Annotated[Given[EvaluateSettings], Fields(_NAMES, arguments=("data",), optional=("data",))],
+    settings: Annotated[Given[EvaluateSettings], Fields(OPTIONS, arguments=("data",), optional=("data",))],
     real: Annotated[
         Path | None,
         typer.Option(help="Instead of DATA: a folder of pictures, or of pairs, which are cropped as in training."),

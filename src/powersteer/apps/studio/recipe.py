@@ -6,9 +6,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from powersteer.apps.cli.pictures import OPTIONS
-from powersteer.core.config import build_config
-from powersteer.denoising.settings import GenerateSettings, PictureJob
+from powersteer.core.config import build_config, option_of
+from powersteer.denoising.settings import OPTIONS, GenerateSettings, PictureJob
 
 _JOB = tuple(PictureJob.model_fields)
 
@@ -64,7 +63,7 @@ def as_command(settings: GenerateSettings, job: PictureJob, files: Sequence[str]
         words += ["--negative-prompt", job.negative_prompt]
     for name, value in _given(settings).items():
         for one in value if isinstance(value, tuple) else (value,):
-            words += [OPTIONS.option(name), str(one)]
+            words += [option_of(name, OPTIONS), str(one)]
     return shlex.join(words)
 
 
