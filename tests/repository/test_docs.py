@@ -4,6 +4,9 @@ Only loading is replaced: a name that is not here gives a tiny random pipeline o
 four steps at most. A block under an HTML comment ``<!-- notest: why -->`` is only compiled.
 """
 
+import ast
+import importlib
+import json
 import re
 from pathlib import Path
 
@@ -156,6 +159,27 @@ def test_every_snippet_runs(page, reader):
         exec(program, names)
         if "with steer(" in code:
             assert len(reader) > before, f"{page.name}, line {line + 1}: the block steered nothing"
+
+
+def programs():
+    """Every program for readers that is not imported by a test: blocks of pages, and cells of notebooks."""
+    for page in PAGES:
+        yield from ((page.name, code) for _, code, _ in blocks(page.read_text(encoding="utf-8")))
+    for file in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        yield from ((file.name, "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code")
+
+
+def test_every_imported_name_is_there():
+    found = set()
+    for file, code in programs():
+        imports = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom))
+        for node in (node for node in imports if str(node.module).split(".")[0] == "powersteer"):
+            module = importlib.import_module(str(node.module))
+            missing = [name.name for name in node.names if not hasattr(module, name.name)]
+            assert not missing, f"{file}: {node.module} has no {', '.join(missing)}"
+            found.add(file)
+    assert {"README.md", "pipelines.md", "few-shot.ipynb", "steer.ipynb"} <= found
 
 
 def test_blocks_are_found_with_their_lines_and_marks():
