@@ -445,7 +445,7 @@ CHANNELS_OF_VAE = {"StableDiffusionLDM3DPipeline": 6, "AudioLDMPipeline": 1, "Mu
 WITHOUT = ("ClapModel", "ClapFeatureExtractor", "AudioLDM2ProjectionModel", "GPT2LMHeadModel")
 """Classes that are not made: text is given as features instead."""
 SCHEDULERS: dict[str, Callable[[], Any]] = {
-    "decoder_scheduler": lambda: diffusers.UnCLIPScheduler(variance_type="learned_range"),
+    "decoder_scheduler": lambda: diffusers.UnCLIPScheduler(num_train_timesteps=500, variance_type="learned_range"),
     "StableDiffusionParadigmsPipeline": lambda: diffusers.DDIMParallelScheduler(clip_sample=False),
     "LEditsPPPipelineStableDiffusion": lambda: diffusers.DPMSolverMultistepScheduler(
         algorithm_type="sde-dpmsolver++", solver_order=2

@@ -24,6 +24,7 @@ from powersteer.adapters.attach import attach
 from powersteer.adapters.registry import make_adapter
 from powersteer.apps.bench.shapes import make_unet
 from powersteer.apps.bench.turns import device_waits
+from powersteer.backbones.unet import UNetBackbone
 from powersteer.training import loop
 from powersteer.training.memory import Step, estimate_memory
 from powersteer.training.run import train
@@ -462,7 +463,7 @@ def test_a_training_step_takes_the_memory_estimated(device, record_property, pre
         optimizer.zero_grad()
     taken = torch.cuda.max_memory_allocated() - before
     estimate = estimate_memory(
-        unet.config,
+        UNetBackbone(unet),
         {"pixel_unshuffle": factor},
         Step(
             batch_size=batch,

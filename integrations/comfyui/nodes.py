@@ -10,7 +10,7 @@ from PIL import Image
 
 import powersteer.conditions.extractors.catalogue  # noqa: F401  (registers the extractors)
 from powersteer import BPSModel, load_adapter
-from powersteer.conditions.extractors.extractor import EXTRACTORS, Subject
+from powersteer.conditions.extractor import EXTRACTORS, Subject
 
 from .steering import steered
 

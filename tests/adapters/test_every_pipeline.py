@@ -242,7 +242,9 @@ def check_calls(subject: Subject, calls: list[Evaluation], alone: list[list[Eval
             steered = [not spare for spare in spared]
         if "start" in how:
             times = torch.as_tensor(call.inputs["timestep"]).flatten().tolist()
-            ways = [progress(time, getattr(subject.pipe, "scheduler", None)) for time in times]
+            components = subject.pipe.components
+            scheduler = components.get("scheduler") or components["decoder_scheduler"]  # UnCLIP's
+            ways = [progress(time, scheduler) for time in times]
             steered = [how["start"] <= way < how["end"] for way in (ways if len(ways) == rows else ways[:1] * rows)]
         torch.testing.assert_close(call.output, subject.expected(call, images, steered), **CLOSE)
 

@@ -158,7 +158,9 @@ def test_half_precision_unet_under_networks_of_either_precision(pipe, model, dty
         assert ((got - wanted).norm() / wanted.norm()).item() < error
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile(unet)", "unet.compile()"])
+@pytest.mark.parametrize(
+    "in_place", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["torch.compile(unet)", "unet.compile()"]
+)
 def test_compiled_before_the_block_steers_within_it_only(pipe, model, in_place):
     torch.compiler.reset()
     generator = torch.Generator().manual_seed(3)

@@ -292,9 +292,8 @@ def test_dry_run_loads_nothing_and_prints_every_key(run, tmp_path, base_dir):
     config.write_text("".join(f"{key}: {value}\n" for key, value in given.items()))
     code, printed, _ = run("train", config, "preset=low-memory", "--dry-run")
     assert code == 0 and not (tmp_path / "run").exists()
-    for key in TrainConfig.model_fields.keys() - {
-        "weighting_scheme"
-    }:  # of flow matching's bases, told where it is given
+    where_given = {"weighting_scheme", "variant", "revision", "base_config"}
+    for key in TrainConfig.model_fields.keys() - where_given:
         assert f"{key}: " in printed
     assert "effective batch size" in printed and "activations" in printed and "free now" in printed
     code, printed, _ = run("train", config, "--dry-run", "--json")

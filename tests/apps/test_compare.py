@@ -210,7 +210,14 @@ def test_a_signal_in_the_last_update_of_a_run_stops_the_experiment(done, monkeyp
         assert timeless[0] == timeless[1]
 
 
-@pytest.mark.parametrize("moment", ["an update", "a result's writing", "the removal of checkpoints", "the grid"])
+@pytest.mark.parametrize(
+    "moment",
+    ["an update"]
+    + [
+        pytest.param(moment, marks=pytest.mark.slow)
+        for moment in ("a result's writing", "the removal of checkpoints", "the grid")
+    ],
+)
 def test_a_kill_loses_nothing_but_what_was_under_way(done, monkeypatch, tmp_path, moment):
     other = smaller(done, tmp_path)
     module, name = {
@@ -246,6 +253,7 @@ def test_a_kill_loses_nothing_but_what_was_under_way(done, monkeypatch, tmp_path
     assert not list(other.output_dir.rglob("checkpoint-*")) and (other.results_dir / "tiny-grid-8.png").exists()
 
 
+@pytest.mark.slow
 def test_a_blind_twin_takes_the_rate_and_what_it_gains_is_taken_off(done, tmp_path):
     pytest.importorskip("matplotlib")
     methods = {

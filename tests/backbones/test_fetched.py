@@ -121,14 +121,14 @@ def test_one_file_finds_its_familys_configuration(hub, base_dir, monkeypatch, tm
     file = save_ldm(build_pipe(), tmp_path / "mine.safetensors")
     told = refusal(file)
     assert f"the file is Stable Diffusion 1.x (text to picture); its configuration '{FIRST}' does not serve" in told
-    assert "give `config`, a folder in diffusers' layout or a model of the Hub of this family" in told
+    assert "give `base_config`, a folder in diffusers' layout or a model of the Hub of this family" in told
     hub.repos[FIRST] = files_of(base_dir)
     pipe, wanted = load_base(str(file)), load_base(str(base_dir))
     for name, tensor in wanted.unet.state_dict().items():
         assert torch.equal(pipe.unet.state_dict()[name], tensor)
     assert not [path for path in hub.requests if path.endswith(".safetensors")]
     hub.repos["you/words"] = configuration(base_dir)
-    load_base(str(file), config="you/words")
+    load_base(str(file), base_config="you/words")
     assert base_configs(str(file)).keys() == {"unet", "vae", "text_encoder", "scheduler"}
     assert limits_of(str(file)).side == 32
     use_endpoint(monkeypatch, tmp_path, "http://127.0.0.1:9")
@@ -137,7 +137,7 @@ def test_one_file_finds_its_familys_configuration(hub, base_dir, monkeypatch, tm
     for load in (load_base, base_configs):
         told = refusal(xl, load)
         assert "the file is Stable Diffusion XL (text to picture)" in told and "the Hub cannot be reached" in told
-        assert "give `config`, a folder in diffusers' layout" in told
+        assert "give `base_config`, a folder in diffusers' layout" in told
 
 
 def test_commands_take_one_file(hub, base_dir, adapter_dir, run, tmp_path):

@@ -83,7 +83,7 @@ def steered_picture(pipe):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pictures_are_those_of_the_folder(bases, family):
     folder, file = bases[family]
-    pipe, wanted = load_base(str(file), config=str(folder)), load_base(str(folder))
+    pipe, wanted = load_base(str(file), base_config=str(folder)), load_base(str(folder))
     assert type(pipe) is EXPECTED[family] and pipe.scheduler.config == wanted.scheduler.config
     for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if family == "XL" else [])):
         ours, theirs = getattr(pipe, part), getattr(wanted, part)
@@ -98,15 +98,18 @@ def test_pictures_are_those_of_the_folder(bases, family):
 
 def test_v_prediction_is_the_schedulers(bases):
     folder, file = bases["2.x"]
-    assert load_base(str(file), config=str(folder)).scheduler.config.prediction_type == "v_prediction"
-    assert base_configs(str(file), config=str(folder))["scheduler"]["prediction_type"] == "v_prediction"
-    assert "do not tell whether it predicts ε or v: give `config`" in refusal(file)
+    assert load_base(str(file), base_config=str(folder)).scheduler.config.prediction_type == "v_prediction"
+    assert base_configs(str(file), base_config=str(folder))["scheduler"]["prediction_type"] == "v_prediction"
+    assert "do not tell whether it predicts ε or v: give `base_config`" in refusal(file)
 
 
 def test_half_precision_in_file_and_in_memory(first):
     folder, file = first
     change(file, lambda tensors: tensors.update({name: tensor.half() for name, tensor in tensors.items()}))
-    pipe, half = load_base(str(file), config=str(folder)), load_base(str(file), torch.float16, config=str(folder))
+    pipe, half = (
+        load_base(str(file), base_config=str(folder)),
+        load_base(str(file), torch.float16, base_config=str(folder)),
+    )
     assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()} == {torch.float32}
     assert {p.dtype for part in (half.unet, half.vae, half.text_encoder) for p in part.parameters()} == {torch.float16}
     weight = load_base(str(folder)).unet.conv_in.weight
@@ -120,11 +123,11 @@ def test_inpainting_and_instructions(first, channels, kind):
     folder, file = first
     unet = build_unet(in_channels=channels)
     change(file, lambda tensors: tensors.update({UNET + name: tensor for name, tensor in ldm_unet(unet).items()}))
-    told = refusal(file, config=str(folder))
+    told = refusal(file, base_config=str(folder))
     assert f"whose U-Net reads {channels} channels; that of the configuration reads 4" in told
     unet.save_config(folder / "unet")
     change_json(folder / "model_index.json", _class_name=kind.__name__)
-    pipe = load_base(str(file), config=str(folder))
+    pipe = load_base(str(file), base_config=str(folder))
     assert type(pipe) is kind and torch.equal(pipe.unet.conv_in.weight, unet.conv_in.weight)
 
 
@@ -142,7 +145,7 @@ def test_names_that_older_and_other_tools_write(first):
         tensors["cond_stage_model.logit_scale"] = torch.ones(())
 
     change(file, others)
-    pipe, wanted = load_base(str(file), config=str(folder)), load_base(str(folder))
+    pipe, wanted = load_base(str(file), base_config=str(folder)), load_base(str(folder))
     for name, tensor in wanted.text_encoder.state_dict().items():
         assert torch.equal(pipe.text_encoder.state_dict()[name], tensor)
 
@@ -151,7 +154,7 @@ def test_second_openclip_keeps_its_projection(bases):
     folder, file = bases["XL"]
     prefix = "conditioner.embedders.1.model."
     assert {f"{prefix}text_projection", f"{prefix}transformer.resblocks.0.attn.in_proj_weight"} <= set(load_file(file))
-    pipe, wanted = load_base(str(file), config=str(folder)), load_base(str(folder))
+    pipe, wanted = load_base(str(file), base_config=str(folder)), load_base(str(folder))
     assert torch.equal(pipe.text_encoder_2.text_projection.weight, wanted.text_encoder_2.text_projection.weight)
 
 
@@ -159,8 +162,8 @@ def test_weights_of_the_configurations_folder_are_not_read(first):
     folder, file = first
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
-    load_base(str(file), config=str(folder))
-    configs = base_configs(str(file), config=str(folder))
+    load_base(str(file), base_config=str(folder))
+    configs = base_configs(str(file), base_config=str(folder))
     assert set(configs) == {"unet", "vae", "text_encoder", "scheduler"}
     limits = limits_of(str(folder))
     assert limits.side == 32 and len(limits.tokenizers) == 1
@@ -171,9 +174,9 @@ def test_safety_checker_of_the_configuration_is_left_out(first):
     parts = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
     parts["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
     change_json(folder / "model_index.json", **parts, requires_safety_checker=True)
-    pipe = load_base(str(file), config=str(folder))
+    pipe = load_base(str(file), base_config=str(folder))
     assert pipe.safety_checker is None and pipe.feature_extractor is None
-    assert set(base_configs(str(file), config=str(folder))) == {"unet", "vae", "text_encoder", "scheduler"}
+    assert set(base_configs(str(file), base_config=str(folder))) == {"unet", "vae", "text_encoder", "scheduler"}
 
 
 PARTS = {
@@ -188,21 +191,21 @@ def test_a_missing_part_is_named(first, part):
     folder, file = first
     prefix, told = PARTS[part]
     change(file, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(prefix)])
-    assert told in refusal(file, config=str(folder)) and SUPPORTED in refusal(file)
+    assert told in refusal(file, base_config=str(folder)) and SUPPORTED in refusal(file)
 
 
 def test_xl_without_its_second_text_encoder(bases, tmp_path):
     folder, file = bases["XL"]
     file = Path(shutil.copy(file, tmp_path))
     change(file, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".embedders.1." in name])
-    assert "the file holds no text_encoder_2: give the whole checkpoint" in refusal(file, config=str(folder))
+    assert "the file holds no text_encoder_2: give the whole checkpoint" in refusal(file, base_config=str(folder))
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "scheduler"])
 def test_a_missing_folder_of_the_configuration_is_named(first, part):
     folder, file = first
     shutil.rmtree(folder / part)
-    told = refusal(file, config=str(folder))
+    told = refusal(file, base_config=str(folder))
     assert str(folder / part) in told and ("is missing" in told or "does not exist" in told)
 
 
@@ -222,7 +225,7 @@ def test_weights_that_are_not_the_configurations(first, name):
     def spoilt(changed):
         file.write_bytes(whole)
         change(file, changed)
-        return refusal(file, config=str(folder))
+        return refusal(file, base_config=str(folder))
 
     assert LOST[name] in spoilt(lambda tensors: tensors.pop(name))
     assert "its config.json asks for" in spoilt(lambda tensors: tensors.update({name: torch.ones(3, 3)}))
@@ -234,9 +237,9 @@ def test_weights_that_are_not_the_configurations(first, name):
 
 
 EXTRA = {
-    f"{UNET}label_emb.0.0.weight": "label_emb.0.0.weight: give `config` of this very base",
+    f"{UNET}label_emb.0.0.weight": "label_emb.0.0.weight: give `base_config` of this very base",
     f"{UNET}output_blocks.6.0.in_layers.0.weight": "up_blocks.2.resnets.0.norm1.weight",
-    "first_stage_model.encoder.down.7.block.0.norm1.weight": "encoder.down.7.block.0.norm1.weight: give `config`",
+    "first_stage_model.encoder.down.7.block.0.norm1.weight": "encoder.down.7.block.0.norm1.weight: give `base_config`",
     "cond_stage_model.transformer.text_model.encoder.layers.2.mlp.fc1.bias": "encoder.layers.2.mlp.fc1.bias",
 }
 
@@ -245,44 +248,46 @@ EXTRA = {
 def test_weights_that_the_configuration_does_not_ask_for(first, name):
     folder, file = first
     change(file, lambda tensors: tensors.update({name: torch.ones(16)}))
-    told = refusal(file, config=str(folder))
+    told = refusal(file, base_config=str(folder))
     assert "does not ask for" in told and EXTRA[name] in told
 
 
 def test_configurations_of_another_base(bases, first):
     folder, file = first
     xl_folder, xl_file = bases["XL"]
-    told = refusal(file, config=str(xl_folder))
+    told = refusal(file, base_config=str(xl_folder))
     assert "the file is Stable Diffusion 1.x (text to picture)" in told and "text_encoder and text_encoder_2" in told
-    assert "the file is Stable Diffusion XL" in refusal(xl_file, config=str(folder))
+    assert "the file is Stable Diffusion XL" in refusal(xl_file, base_config=str(folder))
     change_json(folder / "unet" / "config.json", cross_attention_dim=32)
     assert "reads 24 numbers a token; the configuration has text_encoder, and a U-Net that reads 32" in refusal(
-        file, config=str(folder)
+        file, base_config=str(folder)
     )
     change_json(folder / "unet" / "config.json", cross_attention_dim=24, layers_per_block="two")
-    assert "unet/config.json describes no UNet2DConditionModel" in refusal(file, config=str(folder))
+    assert "unet/config.json describes no UNet2DConditionModel" in refusal(file, base_config=str(folder))
     change_json(folder / "unet" / "config.json", layers_per_block=10**9)
-    assert "no network is that large" in refusal(file, config=str(folder))
+    assert "no network is that large" in refusal(file, base_config=str(folder))
 
 
 @pytest.mark.parametrize(("mark", "setting"), [("v_pred", "prediction_type"), ("ztsnr", "rescale_betas_zero_snr")])
 def test_files_that_are_marked_for_a_schedule(first, mark, setting):
     folder, file = first
     change(file, lambda tensors: tensors.update({mark: torch.ones(0)}))
-    assert f"the file is marked for the scheduler's setting {setting}" in refusal(file, config=str(folder))
+    assert f"the file is marked for the scheduler's setting {setting}" in refusal(file, base_config=str(folder))
     value = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}[setting]
     change_json(folder / "scheduler" / "scheduler_config.json", **{setting: value})
-    assert load_base(str(file), config=str(folder)).scheduler.config[setting] == value
+    assert load_base(str(file), base_config=str(folder)).scheduler.config[setting] == value
 
 
 def test_remarks_in_the_header(first):
     folder, file = first
     change(file, lambda _: None, {"modelspec.prediction_type": "v"})
-    assert "setting prediction_type: v_prediction, the configuration's is epsilon" in refusal(file, config=str(folder))
+    assert "setting prediction_type: v_prediction, the configuration's is epsilon" in refusal(
+        file, base_config=str(folder)
+    )
     change(file, lambda _: None, {"modelspec.prediction_type": "epsilon"})
-    load_base(str(file), config=str(folder))
+    load_base(str(file), base_config=str(folder))
     change(file, lambda tensors: tensors.update({"edm_mean": torch.ones(4)}))
-    assert "marked 'edm_mean', for EDM's noise levels" in refusal(file, config=str(folder))
+    assert "marked 'edm_mean', for EDM's noise levels" in refusal(file, base_config=str(folder))
 
 
 def refiner():
@@ -326,7 +331,7 @@ def test_files_of_something_else(bases, tmp_path, kind):
     tensors = {name: tensor.contiguous().clone() for name, tensor in make().items()}
     save_file(tensors, tmp_path / "v1-5-pruned.safetensors")
     for load in (load_base, base_configs):
-        refused = refusal(tmp_path / "v1-5-pruned.safetensors", load, config=str(bases["1.x"][0]))
+        refused = refusal(tmp_path / "v1-5-pruned.safetensors", load, base_config=str(bases["1.x"][0]))
         assert told in refused and SUPPORTED in refused
 
 
@@ -335,26 +340,28 @@ def test_files_that_are_no_safetensors(first, tmp_path):
     whole = file.read_bytes()
     for size in (0, 7, 100, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
-        assert "model.safetensors is truncated or no checkpoint" in refusal(file, config=str(folder))
+        assert "model.safetensors is truncated or no checkpoint" in refusal(file, base_config=str(folder))
     for name in ("model.ckpt", "model.safetensors"):  # by its content, whatever its name
         torch.save({"state_dict": ldm_state(build_pipe())}, tmp_path / name)
-        assert "the file is a pickle (.ckpt), which could run code" in refusal(tmp_path / name, config=str(folder))
+        assert "the file is a pickle (.ckpt), which could run code" in refusal(tmp_path / name, base_config=str(folder))
     file.write_bytes(b"GGUF" + bytes(50))
-    assert "the file is GGUF" in refusal(file, config=str(folder))
+    assert "the file is GGUF" in refusal(file, base_config=str(folder))
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 17\n")
-    assert "is a pointer of Git LFS" in refusal(file, config=str(folder))
+    assert "is a pointer of Git LFS" in refusal(file, base_config=str(folder))
     shutil.copy(save_ldm(build_pipe(), tmp_path / "whole"), tmp_path / "model.ckpt")
-    load_base(str(tmp_path / "model.ckpt"), config=str(folder))
+    load_base(str(tmp_path / "model.ckpt"), base_config=str(folder))
 
 
 def test_arguments_that_are_for_other_bases(first, tmp_path):
     folder, file = first
     for option in ({"variant": "fp16"}, {"revision": "main"}):
-        assert "are for folders and models of the Hub: it is one file" in refusal(file, config=str(folder), **option)
-    assert "`config` is for a base in one file" in refusal(folder, config=str(folder))
+        assert "are for folders and models of the Hub: it is one file" in refusal(
+            file, base_config=str(folder), **option
+        )
+    assert "`base_config` is for a base in one file" in refusal(folder, base_config=str(folder))
     assert "`revision` is for a model of the Hub" in refusal(folder, revision="main")
     assert "there is no such file" in refusal(tmp_path / "none.safetensors")
-    told = refusal(file, config=str(file))
+    told = refusal(file, base_config=str(file))
     assert "its configuration" in told and "it is a file, not a folder in diffusers' layout" in told
-    assert "cannot fetch" in refusal(file, config=str(tmp_path / "none"))
-    assert "a folder with a model_index.json" in refusal(file, config=str(tmp_path))
+    assert "cannot fetch" in refusal(file, base_config=str(tmp_path / "none"))
+    assert "a folder with a model_index.json" in refusal(file, base_config=str(tmp_path))

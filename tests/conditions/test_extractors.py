@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from powersteer import PowersteerError
+from powersteer.conditions.extractor import EXTRACTORS, Box, Registry, Subject
 from powersteer.conditions.extractors import catalogue, hed
-from powersteer.conditions.extractors.extractor import EXTRACTORS, Box, Registry, Subject
 from powersteer.conditions.palettes import Palette, voc_colours
 
 assert catalogue

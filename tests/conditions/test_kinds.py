@@ -12,7 +12,7 @@ from PIL import Image
 from powersteer import PowersteerError
 from powersteer.conditions import condition_picture, extractors, kinds, to_condition
 from powersteer.conditions.discovery import import_modules
-from powersteer.conditions.extractors.extractor import EXTRACTORS
+from powersteer.conditions.extractor import EXTRACTORS
 from powersteer.conditions.files import fit_of, read_condition
 from powersteer.conditions.kind import KINDS, Kind
 from powersteer.core.pictures import as_bytes
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
-from powersteer.conditions.fidelity.agreement import Agreement
+from powersteer.conditions.agreement import Agreement
 from powersteer.conditions.kind import KINDS, Kind
 
 
@@ -61,8 +61,8 @@ class Heat(Kind):
 KINDS.add(Heat("heat", (1,), "hot 1", "white", Image.Resampling.NEAREST, seen_as="glowing"))
 '''
 GLOW = '''
-from powersteer.conditions.extractors.extractor import EXTRACTORS
-from powersteer.conditions.kinds import extractor_record
+from powersteer.conditions.extractor import EXTRACTORS
+from powersteer.conditions.kind import extractor_record
 
 
 class Glow:

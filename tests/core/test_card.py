@@ -51,6 +51,17 @@ def test_the_hub_reads_the_results(tmp_path):
     assert "| line_f1 ↑ | 0.2 | 0.9 ± 0.01 |\n| kid ↓ |  |  |\n| width | 3 |  |" in card
 
 
+def test_a_base_is_loaded_as_it_was(tmp_path):
+    config = tmp_path / "family"
+    config.mkdir()
+    settings = f"pretrained_model_name_or_path: someone/base.safetensors\nrevision: v2\nbase_config: {config}\n"
+    (tmp_path / "train.yaml").write_text(settings)
+    card = model_card(write_run(tmp_path), "you/tiny")
+    assert "--base someone/base.safetensors --revision v2 --base-config family --condition" in card
+    assert 'load_base("someone/base.safetensors", revision="v2", base_config="family"), load_adapter' in card
+    assert str(tmp_path) not in card
+
+
 def test_an_adapter_alone(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"conditioning_channels": 9}))
     card = model_card(tmp_path, "you/tiny")

@@ -6,10 +6,13 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import build_pipe
 from powersteer import BPSModel, load_base, steer
+from powersteer.backbones.unet import UNetBackbone
 from powersteer.core.hardware import fast_attention
 from powersteer.core.memory import TensorBytes
 from powersteer.training.memory import Step, estimate_memory
@@ -86,7 +89,7 @@ def real_peak(unet, batch_size, size, precision, gradient_checkpointing, gradien
 
 
 def estimate(unet, batch_size=1, size=(32, 32), **options):
-    return estimate_memory(unet.config, NETWORK, Step(batch_size, size, text_length=12, **options))
+    return estimate_memory(UNetBackbone(unet), NETWORK, Step(batch_size, size, text_length=12, **options))
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
@@ -127,7 +130,7 @@ def test_rows_are_closed_forms_and_add_up(unet):
     assert small["base weights"] == 2 * base and small["network weights"] == 4 * all_of_it
     assert small["optimizer"] == 2 * trained and small["EMA"] == 0
     assert small["activations"] < activations
-    more = estimate_memory(unet.config, {**NETWORK, "trainable_weights": True}, Step(1, (32, 32)))
+    more = estimate_memory(UNetBackbone(unet), {**NETWORK, "trainable_weights": True}, Step(1, (32, 32)))
     assert more.rows["gradients"] == 4 * all_of_it
 
 
@@ -162,20 +165,21 @@ def test_bases_that_need_more_than_text(unet):
     }
     sdxl = {name: value for name, value in unet.config.items() if not name.startswith("_")} | extra
     network = NETWORK | {"attention_head_dim": 8}
-    rows = estimate_memory(sdxl, network, Step(1, (32, 32), text_length=12)).rows
+    rows = estimate_memory(UNetBackbone(UNet2DConditionModel(**sdxl)), network, Step(1, (32, 32), text_length=12)).rows
     plain = estimate(unet).rows
     assert rows["network weights"] > plain["network weights"] and rows["activations"] > plain["activations"]
     # 80 features of size, place and pooled text, embedded in 64.
     assert rows["base weights"] - plain["base weights"] == 4 * (80 * 64 + 64 + 64 * 64 + 64)
     tiny = load_base().unet
-    rows = estimate_memory(tiny.config, {"pixel_unshuffle": 4}, Step(2, (16, 16))).rows
+    rows = estimate_memory(UNetBackbone(tiny), {"pixel_unshuffle": 4}, Step(2, (16, 16))).rows
     assert rows["base weights"] == 4 * tiny.num_parameters() and rows["activations"] > 0
 
 
 def test_nothing_is_loaded_nor_drawn():
     state, memory = torch.get_rng_state(), psutil.Process().memory_info().rss
-    sd15 = {"sample_size": 64, "cross_attention_dim": 768}
-    found = estimate_memory(sd15, {}, Step(16, (64, 64), gradient_checkpointing=True))
+    with init_empty_weights():
+        sd15 = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    found = estimate_memory(UNetBackbone(sd15), {}, Step(16, (64, 64), gradient_checkpointing=True))
     assert found.rows["base weights"] == 4 * 859_520_964 and found.total > 16e9
     assert psutil.Process().memory_info().rss - memory < 0.5e9
     assert torch.equal(state, torch.get_rng_state())
@@ -183,4 +187,4 @@ def test_nothing_is_loaded_nor_drawn():
 
 def test_a_wrong_network_is_refused(unet):
     with pytest.raises(ValueError, match="there is no network 'large'"):
-        estimate_memory(unet.config, {"preset": "large"}, Step(1, (8, 8)))
+        estimate_memory(UNetBackbone(unet), {"preset": "large"}, Step(1, (8, 8)))

@@ -221,6 +221,7 @@ def test_half_precision_halves_the_cache(pipe, pairs_dir, tmp_path):
     assert 1.7 < sizes[0] / sizes[1] < 2.1
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_cache(base_dir, tmp_path):
     folder = draw_pairs(tmp_path / "pairs", 40)
     code = (

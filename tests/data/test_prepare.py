@@ -16,7 +16,7 @@ from rich.console import Console
 from test_sources import noise, write_ade20k, write_coco, write_faults
 
 from powersteer.apps.bench import prepare as bench
-from powersteer.conditions.extractors.extractor import EXTRACTORS
+from powersteer.conditions.extractor import EXTRACTORS
 from powersteer.core.errors import PowersteerError
 from powersteer.data.layouts import read_rows
 from powersteer.data.pairs import Pairs
@@ -95,7 +95,7 @@ def test_resolution_reencodes_in_the_same_format(tmp_path):
 
 
 def test_a_subject_is_scaled_as_a_whole():
-    from powersteer.conditions.extractors.extractor import Box, Subject
+    from powersteer.conditions.extractor import Box, Subject
 
     labels = np.full((40, 60), -1)
     labels[:20] = 140
@@ -356,7 +356,7 @@ KILLED = """
 import time
 from pathlib import Path
 from powersteer.data.prepare.prepare import PrepareConfig, prepare
-from powersteer.conditions.extractors.extractor import EXTRACTORS
+from powersteer.conditions.extractor import EXTRACTORS
 from spawned import Edges
 EXTRACTORS.add("sketch", "test-edges")(Edges)
 call = Edges.__call__

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from powersteer.conditions.extractors.extractor import Box
+from powersteer.conditions.extractor import Box
 from powersteer.core.errors import PowersteerError
 from powersteer.data.layouts.base import pictures_in
 from powersteer.data.prepare import svg as svg_module

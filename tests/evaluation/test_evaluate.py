@@ -17,7 +17,7 @@ from powersteer.adapters.attach import attach
 from powersteer.adapters.baselines import BASELINES
 from powersteer.adapters.registry import make_adapter
 from powersteer.backbones.load import load_base
-from powersteer.conditions.extractors.extractor import EXTRACTORS
+from powersteer.conditions.extractor import EXTRACTORS
 from powersteer.core.pictures import as_bytes, to_pil
 from powersteer.data.encode import encode_pairs
 from powersteer.data.pairs import Pairs, spread

@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from conftest import build_pipe, draw_pairs
 from powersteer import BPSModel, PowersteerError, load_base
+from powersteer.backbones.protocol import base_of
 from powersteer.core.config import build_config
 from powersteer.data.encode import conditions_of, encode_pairs
 from powersteer.data.pairs import Pairs
@@ -41,7 +42,7 @@ def flow_dir(tmp_path_factory):
     before = HeldOut(pipe, pairs).losses(None).mean()
     for _ in range(40):
         noise = torch.randn(latents.shape, generator=generator)
-        batch = Batch.of(pipe, latents, noise, sampler(len(latents), generator), texts)
+        batch = Batch.of(base_of(pipe), latents, noise, sampler(len(latents), generator), texts)
         prediction = predict(denoiser(unet), objective, batch, unet.device, unet.dtype)
         squared_errors(objective, prediction, batch).mean().backward()
         optimizer.step()

@@ -120,7 +120,7 @@ def check_fits(model: Any, pipe: DiffusionPipeline | nn.Module, *, strict_base: 
     if not isinstance(model, Adapter):
         raise PowersteerError(f"a {type(model).__name__} is no adapter: give what load_adapter gives, or train one")
     backbone, _, pipeline = _taken_apart(pipe)
-    scheduler = getattr(pipeline, "scheduler", None)
+    scheduler = _scheduler_of(pipeline, backbone)
     given = backbone.fingerprint(None if scheduler is None else predicted_by(scheduler))
     spec, (widths, depths) = model.spec, backbone.shape
     if widths != spec.widths or spec.depths not in (None, depths):
@@ -158,7 +158,7 @@ class _Block:
     def additions(self, call: Call, caller: Caller | None, hooks: ExitStack) -> dict[nn.Module, torch.Tensor]:
         """See `powersteer.adapters.engine.Block`."""
         found: dict[nn.Module, torch.Tensor] = {}
-        scheduler = getattr(self.pipeline if caller is None else caller.pipeline, "scheduler", None)
+        scheduler = _scheduler_of(self.pipeline if caller is None else caller.pipeline, self.backbone)
         look = self._looks(call, caller)
         for source in self.sources:
             rows = self._rows(call, caller, len(source.condition), look)
@@ -217,6 +217,14 @@ def _taken_apart(pipe: Any) -> tuple[Backbone, nn.Module, Any | None]:
     raise PowersteerError(
         f"{type(pipe).__name__} has no UNet2DConditionModel to steer: give a Stable Diffusion pipeline or its U-Net"
     )
+
+
+def _scheduler_of(pipeline: Any | None, backbone: Backbone) -> Any | None:
+    """A pipeline's scheduler for a backbone: the only one, or the one that is named like the backbone's part."""
+    if pipeline is None or hasattr(pipeline, "scheduler"):
+        return getattr(pipeline, "scheduler", None)
+    names = (name for name, part in pipeline.components.items() if getattr(part, "_orig_mod", part) is backbone.module)
+    return getattr(pipeline, f"{next(names, '')}_scheduler", None)
 
 
 def _spread(value: float | Sequence[float], count: int, name: str) -> list[float]:

@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 
 from powersteer.adapters.protocol import Adapter
-from powersteer.conditions.kinds import BLIND
+from powersteer.conditions.kind import BLIND
 
 _ROOMS = ("powersteer.adapters.bps", "powersteer.adapters.baselines")
 

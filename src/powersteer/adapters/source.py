@@ -19,8 +19,7 @@ from powersteer.adapters.rows import Rows
 from powersteer.adapters.watch import Versions, digest, versions, weights_digest
 from powersteer.backbones.protocol import Backbone, Call
 from powersteer.conditions import to_condition
-from powersteer.conditions.kind import KINDS
-from powersteer.conditions.kinds import BLIND
+from powersteer.conditions.kind import BLIND, KINDS
 from powersteer.core.errors import PowersteerError, PowersteerWarning
 
 

@@ -14,6 +14,7 @@ from rich.progress import track
 from powersteer.adapters.bps.model import BPSModel
 from powersteer.adapters.load import load_adapter
 from powersteer.backbones.load import load_base
+from powersteer.backbones.protocol import base_of
 from powersteer.conditions.fidelity.lines import line_f1
 from powersteer.core.config import build_config
 from powersteer.core.console import PlainConsole
@@ -71,7 +72,7 @@ def run_demo(
         return DemoResult(out_dir, {}, interrupted=True)
 
     pipe, model = load_base(), load_adapter(str(trained.adapter_dir))
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    side = base_of(pipe).size
     test = Pairs(data / "test", (side, side))
     held_out = HeldOut(pipe, encode_pairs(pipe, test, out_dir / "cache"), draws=2, limit=MEASURED_PAIRS)
     console.print(f"measuring on {len(held_out)} held-out pairs")

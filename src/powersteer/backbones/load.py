@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,14 +14,16 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from powersteer.backbones.embedded import EMBEDDED_BASE
+from powersteer.backbones.options import EMBEDDED_BASE
 from powersteer.backbones.parts import (
     INDEX,
     SCHEDULER_CONFIG,
     check_fit,
     check_schedule,
     check_tokenizer,
+    empty_network,
     load_parts,
+    load_scheduler,
     load_tokenizer,
     quiet,
     read_index,
@@ -60,7 +63,7 @@ def load_base(
     *,
     variant: str | None = None,
     revision: str | None = None,
-    config: str | None = None,
+    base_config: str | None = None,
 ) -> StableDiffusionPipeline:
     """A frozen text-to-image pipeline in evaluation mode.
 
@@ -70,7 +73,7 @@ def load_base(
         dtype: Precision of the weights.
         variant: Weights that are taken before the plain ones, where a network has some: ``fp16``.
         revision: Branch, tag or commit of a model of the Hub.
-        config: For one file: the folder in diffusers' layout, or the model of the Hub, that has its configuration,
+        base_config: For one file: the folder in diffusers' layout, or the model of the Hub, that has its configuration,
             tokenizer and scheduler. By default the Hub's model of the family that the tensors tell. The pipeline has
             no safety checker then.
 
@@ -78,7 +81,7 @@ def load_base(
         PowersteerError: There is no such base, or a part of it is missing, incomplete, damaged or of another base.
     """
     try:
-        found = find_base(name_or_path, variant=variant, revision=revision, config=config)
+        found = find_base(name_or_path, variant=variant, revision=revision, base_config=base_config)
         if found.file is None:
             parts = load_parts(found.folder, found.kinds, dtype, variant)
         else:
@@ -96,20 +99,59 @@ def load_base(
 
 
 def base_configs(
-    name_or_path: str, *, revision: str | None = None, config: str | None = None
+    name_or_path: str, *, variant: str | None = None, revision: str | None = None, base_config: str | None = None
 ) -> dict[str, dict[str, Any]]:
     """What a base's networks and scheduler say of themselves, by part; weights are neither read nor fetched.
 
     Args:
         name_or_path: See `load_base`.
+        variant: See `load_base`.
         revision: See `load_base`.
-        config: See `load_base`.
+        base_config: See `load_base`.
 
     Raises:
         PowersteerError: There is no such base, or a configuration is missing, or no such network's.
     """
+    return _described(name_or_path, variant, revision, base_config)[1]
+
+
+def imagine_base(
+    name_or_path: str = EMBEDDED_BASE,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    base_config: str | None = None,
+) -> Any:
+    """A base whose networks have every shape and no weights: those are neither read nor fetched.
+
+    Args:
+        name_or_path: See `load_base`.
+        variant: See `load_base`.
+        revision: See `load_base`.
+        base_config: See `load_base`.
+
+    Returns:
+        What `powersteer.backbones.protocol.base_of` asks of a pipeline, but for the tokenizers.
+
+    Raises:
+        PowersteerError: As `base_configs`, or a configuration describes no network.
+    """
+    found, configs = _described(name_or_path, variant, revision, base_config)
+    networks = configs.keys() - {"scheduler"}
     try:
-        found = find_base(name_or_path, revision=revision, config=config, weights=False)
+        parts = {part: empty_network(found.folder / part, found.kinds[part]) for part in networks}
+        parts["scheduler"] = load_scheduler(found.folder / "scheduler", found.kinds["scheduler"])
+    except PowersteerError as error:
+        raise PowersteerError(f"cannot read the base '{name_or_path}': {error}") from None
+    return SimpleNamespace(**parts, vae_scale_factor=2 ** (len(configs["vae"]["block_out_channels"]) - 1))
+
+
+def _described(
+    name: str, variant: str | None, revision: str | None, base_config: str | None
+) -> tuple[Found, dict[str, dict[str, Any]]]:
+    """Where a base lies, and what `base_configs` gives."""
+    try:
+        found = find_base(name, variant=variant, revision=revision, base_config=base_config, weights=False)
         networks = [part for part, kind in found.kinds.items() if issubclass(kind, torch.nn.Module)]
         if found.file is not None:
             networks = [part for part in networks if part in found.file.prefixes()]
@@ -120,8 +162,8 @@ def base_configs(
             check_sizes(configs[part], str(files[part]))
         check_schedule(configs["scheduler"], files["scheduler"])
     except PowersteerError as error:
-        raise PowersteerError(f"cannot read the base '{name_or_path}': {error}") from None
-    return configs
+        raise PowersteerError(f"cannot read the base '{name}': {error}") from None
+    return found, configs
 
 
 def find_base(
@@ -129,7 +171,7 @@ def find_base(
     *,
     variant: str | None = None,
     revision: str | None = None,
-    config: str | None = None,
+    base_config: str | None = None,
     weights: bool = True,
 ) -> Found:
     """Where a base lies, of the Hub once fetched; a look at what it is comes before its weights.
@@ -138,7 +180,7 @@ def find_base(
         name: See `load_base`.
         variant: See `load_base`.
         revision: See `load_base`.
-        config: See `load_base`.
+        base_config: See `load_base`.
         weights: Fetch them, too.
 
     Raises:
@@ -148,9 +190,9 @@ def find_base(
     if is_file(path):
         if variant is not None or revision is not None:
             raise PowersteerError("`variant` and `revision` are for folders and models of the Hub: it is one file")
-        return _find_config(look_at(path), config)
-    if config is not None:
-        raise PowersteerError("`config` is for a base in one file: leave it out")
+        return _find_config(look_at(path), base_config)
+    if base_config is not None:
+        raise PowersteerError("`base_config` is for a base in one file: leave it out")
     if variant is not None and not re.fullmatch(r"\w[\w-]*", variant):
         raise PowersteerError(f"`variant` is a part of the files' names, such as fp16, not '{shown(variant)}'")
     if is_folder(path):
@@ -179,12 +221,12 @@ def _fetched(name: str, variant: str | None, revision: str | None, *, weights: b
     return Found(folder, kinds)
 
 
-def _find_config(file: SingleFile, config: str | None) -> Found:
+def _find_config(file: SingleFile, base_config: str | None) -> Found:
     """The configuration of a base in one file; one that is not given is the Hub's of its family."""
-    name = config or file.family.configs.get(file.channels)
+    name = base_config or file.family.configs.get(file.channels)
     if name is None:
         raise PowersteerError(
-            f"the file is {file.title}, and its tensors do not tell whether it predicts ε or v: give `config`, a "
+            f"the file is {file.title}, and its tensors do not tell whether it predicts ε or v: give `base_config`, a "
             "folder in diffusers' layout or a model of the Hub, whose scheduler tells"
         )
     try:
@@ -193,7 +235,11 @@ def _find_config(file: SingleFile, config: str | None) -> Found:
         found = find_base(name, weights=False)
         check_config(file, found.folder, found.kinds)
     except PowersteerError as error:
-        hint = "" if config else ": give `config`, a folder in diffusers' layout or a model of the Hub of this family"
+        hint = (
+            ""
+            if base_config
+            else ": give `base_config`, a folder in diffusers' layout or a model of the Hub of this family"
+        )
         raise PowersteerError(
             f"the file is {file.title}; its configuration '{name}' does not serve ({error}){hint}"
         ) from None

@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from accelerate import init_empty_weights
 from diffusers import (
     AsymmetricAutoencoderKL,
     AutoencoderKL,
@@ -331,6 +332,28 @@ def check_settings(folder: Path, config: Mapping[str, Any], kind: Any) -> None:
             PowersteerWarning,
             stacklevel=2,
         )
+
+
+def empty_network(folder: Path, kind: Any) -> nn.Module:
+    """A network of diffusers or transformers, with parameters that take no memory.
+
+    Args:
+        folder: Holds config.json.
+        kind: Its class.
+
+    Raises:
+        PowersteerError: The configuration is missing, or not the class's.
+    """
+    config = read_object(folder / CONFIG)
+    check_sizes(config, str(folder / CONFIG))
+    of_diffusers = hasattr(kind, "from_config")
+    if of_diffusers:
+        check_settings(folder, config, kind)
+    try:
+        with quiet(), init_empty_weights():
+            return kind.from_config(config) if of_diffusers else kind(kind.config_class.from_dict(config))
+    except Exception as error:  # whatever a class makes of its arguments
+        raise PowersteerError(f"{folder / CONFIG} describes no {kind.__name__} ({reason_of(error)})") from None
 
 
 def _check_room(folder: Path, kind: Any, size: int) -> None:

@@ -125,6 +125,11 @@ class PipelineBackbone(Backbone):
         self.pipe = pipe
 
     @property
+    def denoiser(self) -> Any:
+        """The network as the pipeline calls it: with what ``torch.compile`` wrapped around it."""
+        return getattr(self.pipe, self.part)
+
+    @property
     def parts(self) -> dict[str, nn.Module]:
         """The networks that a picture depends on, by name."""
         names = (self.part, "vae", "text_encoder", "text_encoder_2")
@@ -142,9 +147,24 @@ class PipelineBackbone(Backbone):
         return self.pipe.vae_scale_factor
 
     @property
+    def sample_size(self) -> int:
+        """Side of the latents that it was trained on."""
+        return self.module.config["sample_size"]
+
+    @property
     def size(self) -> int:
         """Side of the pictures that it was trained on, in pixels."""
-        return self.module.config["sample_size"] * self.factor
+        return self.sample_size * self.factor
+
+    @property
+    @abstractmethod
+    def step(self) -> int:
+        """What both sides of a picture must be multiples of, in pixels."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Tokens in one prompt's text states, at most."""
 
     @property
     @abstractmethod
@@ -171,6 +191,17 @@ class PipelineBackbone(Backbone):
     @abstractmethod
     def texts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Text states by name, as the pipeline itself makes them, (N, …); float32 on the CPU."""
+
+    @abstractmethod
+    def example(self, batch: int, size: tuple[int, int], tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+        """All arguments of a call, of zeros.
+
+        Args:
+            batch: Samples.
+            size: Height and width of the latents.
+            tokens: Of each prompt.
+            dtype: Of latents and text.
+        """
 
     @staticmethod
     @abstractmethod

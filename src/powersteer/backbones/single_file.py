@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
@@ -18,11 +17,11 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors import safe_open
 
-from powersteer.backbones.parts import CONFIG, SCHEDULER_CONFIG, SUPPORTED, check_settings, quiet, that_matter
+from powersteer.backbones.parts import CONFIG, SCHEDULER_CONFIG, SUPPORTED, empty_network, quiet, that_matter
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
 from powersteer.core.text import read_object
-from powersteer.core.weights import check_found, check_sizes, check_whole, kinds_in, shown
+from powersteer.core.weights import check_found, check_whole, kinds_in, shown
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
@@ -189,12 +188,12 @@ def check_config(file: SingleFile, folder: Path, kinds: Mapping[str, type]) -> N
     if texts != set(file.family.text) or file.text_width not in (None, width):
         raise PowersteerError(
             f"the file is {file.title}, whose U-Net reads {file.text_width} numbers a token; the configuration has "
-            f"{' and '.join(sorted(texts))}, and a U-Net that reads {width}: give `config` of its own family"
+            f"{' and '.join(sorted(texts))}, and a U-Net that reads {width}: give `base_config` of its own family"
         )
     if read != file.channels:
         raise PowersteerError(
             f"the file is {file.title}, whose U-Net reads {file.channels} channels; that of the configuration reads "
-            f"{read}: give `config` of its own kind"
+            f"{read}: give `base_config` of its own kind"
         )
     scheduler = read_object(folder / "scheduler" / SCHEDULER_CONFIG)
     wanted = {key: value for mark, (key, value) in _MARKS.items() if mark in file.shapes}
@@ -205,7 +204,7 @@ def check_config(file: SingleFile, folder: Path, kinds: Mapping[str, type]) -> N
         if scheduler.get(key, defaults[key]) != value:
             raise PowersteerError(
                 f"the file is marked for the scheduler's setting {key}: {value}, the configuration's is "
-                f"{scheduler.get(key, defaults[key])}: give `config` with a {SCHEDULER_CONFIG} that says so"
+                f"{scheduler.get(key, defaults[key])}: give `base_config` with a {SCHEDULER_CONFIG} that says so"
             )
 
 
@@ -255,7 +254,7 @@ def _begins(path: Path) -> bytes:
 
 
 def _network(file: SingleFile, part: str, folder: Path, kind: type, dtype: torch.dtype) -> torch.nn.Module:
-    network, where = _empty(folder, kind), f"{part} of the file"
+    network, where = empty_network(folder, kind), f"{part} of the file"
     try:
         with quiet():
             state = _RENAMED.get(part, _renamed_text)(_tensors(file, part), network, file.prefixes()[part])
@@ -274,20 +273,6 @@ def _network(file: SingleFile, part: str, folder: Path, kind: type, dtype: torch
     network.load_state_dict({n: tensor.to(dtype, copy=True).contiguous() for n, tensor in own.items()}, assign=True)
     check_whole(network, where)
     return network
-
-
-def _empty(folder: Path, kind: Any) -> torch.nn.Module:
-    """A network of a configuration, with parameters that take no memory."""
-    config = read_object(folder / CONFIG)
-    check_sizes(config, str(folder / CONFIG))
-    of_diffusers = hasattr(kind, "from_config")
-    if of_diffusers:
-        check_settings(folder, config, kind)
-    try:
-        with quiet(), init_empty_weights():
-            return kind.from_config(config) if of_diffusers else kind(kind.config_class.from_dict(config))
-    except Exception as error:  # whatever a class makes of its arguments
-        raise PowersteerError(f"{folder / CONFIG} describes no {kind.__name__} ({reason_of(error)})") from None
 
 
 def _tensors(file: SingleFile, part: str) -> dict[str, torch.Tensor]:
@@ -333,7 +318,7 @@ def _check_all_taken(given: Mapping[str, torch.Tensor], taken: Mapping[str, torc
     if left:
         raise PowersteerError(
             f"the file holds weights that the configuration does not ask for, {shown(left[0])}"
-            f"{f' and {len(left) - 1} more' if len(left) > 1 else ''}: give `config` of this very base"
+            f"{f' and {len(left) - 1} more' if len(left) > 1 else ''}: give `base_config` of this very base"
         )
 
 

@@ -85,9 +85,24 @@ class UNetBackbone(PipelineBackbone):
         return fingerprint(self.module, prediction_type)
 
     @property
+    def step(self) -> int:
+        """The U-Net halves each level but the last."""
+        return self.factor * 2 ** (len(self.module.config["block_out_channels"]) - 1)
+
+    @property
+    def tokens(self) -> int:
+        """What CLIP's text encoder was made for."""
+        return self.pipe.text_encoder.config.max_position_embeddings
+
+    @property
     def text_numbers(self) -> int:
         """Tokens times width."""
-        return self.tokenizers[0].model_max_length * self.module.config["cross_attention_dim"]
+        return self.tokens * self._text_width
+
+    @property
+    def _text_width(self) -> int:
+        width = self.module.config["encoder_hid_dim"] or self.module.config["cross_attention_dim"]
+        return width if isinstance(width, int) else max(width)
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -98,6 +113,23 @@ class UNetBackbone(PipelineBackbone):
             return {"encoder_hidden_states": states.float().cpu(), "text_embeds": pooled.float().cpu()}
         states, _ = self.pipe.encode_prompt(given, self.pipe.text_encoder.device, 1, False)
         return {"encoder_hidden_states": states.float().cpu()}
+
+    def example(self, batch: int, size: tuple[int, int], tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+        """Latents, timesteps and text, and XL's sizes and pooled text."""
+        config = self.module.config
+        inputs: dict[str, Any] = {
+            "sample": torch.zeros(batch, config["in_channels"], *size, dtype=dtype),
+            "timestep": torch.zeros(batch, dtype=torch.long),
+            "encoder_hidden_states": torch.zeros(batch, tokens, self._text_width, dtype=dtype),
+        }
+        if config["addition_embed_type"] == "text_time":
+            ids = 6
+            pooled = config["projection_class_embeddings_input_dim"] - ids * config["addition_time_embed_dim"]
+            inputs["added_cond_kwargs"] = {
+                "text_embeds": torch.zeros(batch, pooled, dtype=dtype),
+                "time_ids": torch.zeros(batch, ids, dtype=dtype),
+            }
+        return inputs
 
     @staticmethod
     def inputs(states: Mapping[str, torch.Tensor], size: tuple[int, int]) -> dict[str, Any]:

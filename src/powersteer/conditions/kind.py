@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from powersteer.conditions.agreement import Agreement, Pictures
 from powersteer.conditions.arrays import FEATURE_SUFFIX, map_values, picture_or_values, pixel_values
 from powersteer.conditions.discovery import import_modules
-from powersteer.conditions.extractors.extractor import Extractor
-from powersteer.conditions.fidelity.agreement import Agreement, Pictures
+from powersteer.conditions.extractor import Extractor
 from powersteer.conditions.layers import on_paper
 from powersteer.core.errors import PowersteerError
 
@@ -26,6 +26,9 @@ PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _SAID = {1: "1 (grey)", 3: "3 (RGB)", 4: "4 (RGBA: colour and structure)"}
 UNRECORDED = ""
 """Name of the kind of adapters that do not say theirs."""
+BLIND = "blind"
+"""Key of a network's conditioning record: the network is shown empty conditions, in training and ever after. What it
+gains all the same, it owes to the pictures it was trained on, not to the condition."""
 _MODULES = "powersteer.conditions.kinds"
 
 
@@ -218,3 +221,34 @@ class Kinds:
 
 KINDS = Kinds()
 """Filled by the modules of `powersteer.conditions.kinds`."""
+
+
+def extractor_record(
+    kind: str,
+    extractor: str,
+    *,
+    version: str,
+    settings: Mapping[str, Any],
+    channels: int | None,
+    extracted_polarity: str | None = None,
+    palette: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`Kind.record` of what an extractor makes, and how it was made.
+
+    Args:
+        kind: The task.
+        extractor: Its name.
+        version: Of the package or weights that the result depends on.
+        settings: Plain values.
+        channels: Of its conditions; None where that depends on the data.
+        extracted_polarity: What it gave before it was turned into the kind's own polarity.
+        palette: Name → colour of label maps.
+    """
+    return KINDS.find(kind).record() | {
+        "channels": channels,
+        "extractor": extractor,
+        "version": version,
+        "settings": dict(settings),
+        "extracted_polarity": extracted_polarity,
+        "palette": None if palette is None else dict(palette),
+    }

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from powersteer.conditions.kinds import extractor_record
+from powersteer.conditions.kind import extractor_record
 from powersteer.core.config import StrictConfig
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_file, read_bytes
@@ -142,7 +142,7 @@ class InColours(StrictConfig):
     """Built in (`BUILT_IN`), or a JSON file."""
 
     def record(self) -> Mapping[str, Any]:
-        """See `powersteer.conditions.extractors.extractor.Extractor`."""
+        """See `powersteer.conditions.extractor.Extractor`."""
         table = self.colours.table
         return extractor_record(
             *self.kind, version=version("powersteer"), settings=self.model_dump(), channels=3, palette=table

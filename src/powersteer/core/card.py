@@ -21,6 +21,7 @@ HELD_OUT = "held-out pairs"
 MARK = "<!-- Written by powersteer, and written anew by it. Delete this line, and the card is yours. -->"
 _LICENCES = ("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "apache-2.0", "mit")
 """The Hub's own names of what a data set may say."""
+_BASE_OPTIONS = ("variant", "revision", "base_config")
 _LOCAL = ("train_data_dir", "validation_data_dir", "output_dir", "cache_dir", "init_from")
 """Settings that may hold paths, which are nobody else's business."""
 
@@ -95,7 +96,8 @@ def model_card(folder: Path, name: str | None = None) -> str:
         mark=MARK,
         name=name,
         title=title,
-        base=base if on_hub else Path(base).name,
+        base=_public(base),
+        base_options={key: _public(settings[key]) for key in _BASE_OPTIONS if settings.get(key)},
         kind=condition["kind"],
         pictures=pictures_of(folder),
         is_bps=config.get("_class_name") == "BPSModel",
@@ -234,10 +236,14 @@ def _told(settings: Mapping[str, Any]) -> str:
     if not settings:
         return ""
     told = {key: Path(value).name if key in _LOCAL and value else value for key, value in settings.items()}
-    base = settings.get("pretrained_model_name_or_path")
-    told |= {"pretrained_model_name_or_path": Path(base).name} if base and Path(base).exists() else {}
+    told |= {key: _public(told[key]) for key in ("pretrained_model_name_or_path", "base_config") if told.get(key)}
     told = {key: value for key, value in told.items() if value is not None}
     return yaml.safe_dump(told, sort_keys=False, allow_unicode=True).strip()
+
+
+def _public(name: str) -> str:
+    """A name on the Hub; of a path here, the last name."""
+    return Path(name).name if Path(name).exists() else name
 
 
 def _base(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from powersteer.adapters.attach import attach
 from powersteer.adapters.protocol import Adapter
+from powersteer.backbones.protocol import base_of
 from powersteer.data.encode import EncodedPairs, Sample, conditions_of
 from powersteer.data.pairs import spread
 from powersteer.denoising.objective import objective_of
@@ -68,7 +69,7 @@ class HeldOut:
         accelerator: Accelerator | None = None,
         times: torch.Tensor | None = None,
     ) -> None:
-        self.pipe, self.pairs, self.draws, self.seed, self.accelerator = pipe, pairs, draws, seed, accelerator
+        self.base, self.pairs, self.draws, self.seed, self.accelerator = base_of(pipe), pairs, draws, seed, accelerator
         self.objective = objective_of(pipe.scheduler)
         self.rows = spread(len(pairs), limit or len(pairs))
         generator = torch.Generator().manual_seed(seed)
@@ -133,14 +134,14 @@ class HeldOut:
         self, model: Adapter | None, band: int, places: list[int], whose: list[int], autocast: Autocast
     ) -> torch.Tensor:
         """Losses (n,) of the draws of one band at some places, each under the condition of ``whose``."""
-        unet, samples = self.pipe.unet, self._samples(places)
+        network, samples = self.base.denoiser, self._samples(places)
         latents = self.pairs.latents(samples)
         noise = torch.stack([self.noise(band, place, tuple(latents.shape[1:])) for place in places])
         texts = self.pairs.texts([sample.texts[0] for sample in samples])
-        batch = Batch.of(self.pipe, latents, noise, self.times[band, places], texts)
+        batch = Batch.of(self.base, latents, noise, self.times[band, places], texts)
         conditions = conditions_of(samples if whose == places else self._samples(whose))
-        with autocast(), nullcontext() if model is None else attach(unet, model, conditions, plan=None):
-            prediction = predict(denoiser(unet), self.objective, batch, unet.device, unet.dtype)
+        with autocast(), nullcontext() if model is None else attach(network, model, conditions, plan=None):
+            prediction = predict(denoiser(network), self.objective, batch, network.device, network.dtype)
         return squared_errors(self.objective, prediction.cpu(), batch)
 
     def _samples(self, places: list[int]) -> list[Sample]:

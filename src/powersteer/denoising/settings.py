@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from powersteer.backbones.embedded import EMBEDDED_BASE
+from powersteer.backbones.options import EMBEDDED_BASE, Base, BaseConfig, Revision, Variant
 from powersteer.core.config import StrictConfig
 
 GUIDANCE_SCALE = 3.0
@@ -60,8 +60,10 @@ class GenerateSettings(StrictConfig):
     adapter: tuple[str, ...] = Field(default=("sketch",), min_length=1)
     """Adapter: an embedded one by name, a folder that `train` wrote, or a model of the Hub (user/name). Several BPS
     adapters, or one of another kind."""
-    base: str = EMBEDDED_BASE
-    """Frozen base: an embedded one by name, a folder, or a model of the Hub."""
+    base: Base = EMBEDDED_BASE
+    variant: Variant = None
+    revision: Revision = None
+    base_config: BaseConfig = None
     num_inference_steps: int = Field(default=NUM_INFERENCE_STEPS, gt=0, le=MAX_STEPS)
     """Number of denoising steps."""
     guidance_scale: float = Field(default=GUIDANCE_SCALE, ge=1, le=MAX_GUIDANCE)

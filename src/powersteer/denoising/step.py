@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from powersteer.backbones.protocol import base_of
+from powersteer.backbones.protocol import PipelineBackbone
 from powersteer.data.encode import TextStates
 from powersteer.denoising.objective import Objective
 
@@ -31,9 +31,15 @@ class Batch:
     """What else the backbone is given: text states, and SDXL's sizes."""
 
     @classmethod
-    def of(cls, pipe: Any, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, texts: TextStates) -> Batch:
-        """Make it for a pipeline's backbone."""
-        base = base_of(pipe)
+    def of(
+        cls,
+        base: PipelineBackbone,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        times: torch.Tensor,
+        texts: TextStates,
+    ) -> Batch:
+        """Make it for a backbone."""
         return cls(latents, noise, times, base.inputs(texts, base.pixels(latents)))
 
 
@@ -60,11 +66,11 @@ def squared_errors(objective: Objective, prediction: torch.Tensor, batch: Batch)
     return F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))
 
 
-def denoiser(unet: Any) -> Denoise:
-    """A U-Net of diffusers as a function."""
+def denoiser(module: Any) -> Denoise:
+    """A denoiser of diffusers as a function."""
 
     def denoise(noisy: torch.Tensor, times: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        return unet(noisy, times, **inputs).sample
+        return module(noisy, times, **inputs).sample
 
     return denoise
 

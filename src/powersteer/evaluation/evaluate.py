@@ -16,8 +16,10 @@ from powersteer.adapters.attach import check_fits
 from powersteer.adapters.load import load_network
 from powersteer.adapters.protocol import Adapter
 from powersteer.backbones.load import load_base
+from powersteer.backbones.options import base_options
+from powersteer.backbones.protocol import base_of
 from powersteer.conditions import condition_picture
-from powersteer.conditions.extractors.extractor import Extractor
+from powersteer.conditions.extractor import Extractor
 from powersteer.core.console import PlainConsole
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of
@@ -137,8 +139,7 @@ def _of_pictures(
 
 def _provenance(subject: _Subject, settings: EvaluateSettings) -> dict[str, Any]:
     """Data, weights and machine."""
-    parts = ("unet", "vae", "text_encoder")
-    digests = {f"{part}_sha256": weights_sha256(getattr(subject.pipe, part)) for part in parts}
+    digests = {f"{name}_sha256": weights_sha256(part) for name, part in base_of(subject.pipe).parts.items()}
     adapter: dict[str, Any] | None = None
     if subject.model is not None:
         adapter = {
@@ -156,7 +157,7 @@ def _provenance(subject: _Subject, settings: EvaluateSettings) -> dict[str, Any]
 
 
 def _load(settings: EvaluateSettings) -> _Subject:
-    pipe: Any = load_base(settings.base)
+    pipe: Any = load_base(settings.base, **base_options(settings))
     pipe.to(best_device())
     if settings.scheduler is not None:
         pipe.scheduler = make_scheduler(settings.scheduler, pipe.scheduler)
@@ -171,9 +172,10 @@ def _load(settings: EvaluateSettings) -> _Subject:
         known = model.spec.conditioning
         record |= {key: value for key, value in known.items() if value is not None}
         model.to(pipe.device)
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    base = base_of(pipe)
+    side = base.size
     kind = record["kind"]
-    pairs = Pairs(folder, (side, side), channels, kind=kind, vae_scale_factor=pipe.vae_scale_factor)
+    pairs = Pairs(folder, (side, side), channels, kind=kind, vae_scale_factor=base.factor)
     if settings.pairs is not None:
         pairs = pairs.subset(spread(len(pairs), settings.pairs))
     return _Subject(pipe, model, pairs, kind, record.get("palette") or {})
@@ -260,7 +262,7 @@ def _sampling(settings: EvaluateSettings, pipe: Any) -> dict[str, Any]:
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
         "first_seed": settings.seed,
-        "size": [pipe.unet.config.sample_size * pipe.vae_scale_factor] * 2,
+        "size": [base_of(pipe).size] * 2,
     }
 
 

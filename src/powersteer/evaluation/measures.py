@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from powersteer.backbones.load import source_of
-from powersteer.conditions.extractors.extractor import EXTRACTORS, Extractor
-from powersteer.conditions.fidelity.agreement import Pictures
+from powersteer.conditions.agreement import Pictures
+from powersteer.conditions.extractor import EXTRACTORS, Extractor
 from powersteer.conditions.kind import KINDS
 from powersteer.core.files import is_file
 from powersteer.core.pictures import by_batch

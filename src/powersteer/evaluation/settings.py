@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from powersteer.backbones.embedded import EMBEDDED_BASE
+from powersteer.backbones.options import EMBEDDED_BASE, Base, BaseConfig, Revision, Variant
 from powersteer.core.config import StrictConfig
 from powersteer.denoising.settings import (
     GUIDANCE_SCALE,
@@ -48,8 +48,10 @@ class EvaluateSettings(MeasureSettings):
     adapter: str | None = "sketch"
     """Adapter to evaluate: 'sketch', a folder that `train` wrote, or a model of the Hub (user/name). 'none' evaluates
     the base alone."""
-    base: str = EMBEDDED_BASE
-    """Frozen base: an embedded one by name, a folder, or a model of the Hub."""
+    base: Base = EMBEDDED_BASE
+    variant: Variant = None
+    revision: Revision = None
+    base_config: BaseConfig = None
     pairs: int | None = Field(default=None, ge=2, le=MAX_PICTURES)
     """Number of held-out pairs to use, evenly spread. All by default."""
     pictures: int = Field(default=120, ge=0, le=MAX_PICTURES)

@@ -52,5 +52,5 @@ class Batches:
             condition = conditions_of(samples)  # (B, C, H, W)
             condition[draws.blank[rows]] = 0
             prompts = [prompt_of(s, draws.prompt[place], config) for s, place in zip(samples, places, strict=True)]
-            batch = Batch.of(run.pipe, latents, epsilon, draws.times[rows], run.pairs.texts(prompts))
+            batch = Batch.of(run.base, latents, epsilon, draws.times[rows], run.pairs.texts(prompts))
             yield MicroBatch(batch, condition, [sample.name for sample in samples], places)

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from powersteer.adapters.baselines import BASELINES
-from powersteer.backbones.embedded import EMBEDDED_BASE
+from powersteer.backbones.options import EMBEDDED_BASE, Base, BaseConfig, Revision, Variant
 from powersteer.core.config import StrictConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -73,9 +73,6 @@ _BPS_KEYS = (
 NETWORK_KEYS = ("network", "weights", "trainable_weights", "hidden_channels", "up_channels", "ablation", "dropout")
 """What shapes a new network; with ``init_from``, the adapter's own shape holds."""
 
-_LATER = ("weighting_scheme",)
-"""Keys that came when results had been written whose digests hold all keys."""
-
 if TYPE_CHECKING:
     Network = str
 else:
@@ -94,8 +91,10 @@ class TrainConfig(StrictConfig):
     preset: Literal["few-shot", "paper", "low-memory"] | None = None
     """Set other keys at once; a key that you give yourself wins."""
 
-    pretrained_model_name_or_path: str = EMBEDDED_BASE
-    """Frozen base: ``powersteer-tiny``, a folder in diffusers' layout, or a model of the Hub."""
+    pretrained_model_name_or_path: Base = EMBEDDED_BASE
+    variant: Variant = None
+    revision: Revision = None
+    base_config: BaseConfig = None
     init_from: str | None = None
     """Start from this adapter's weights: ``sketch``, a folder, or a model of the Hub."""
     network: Network = "paper"
@@ -218,7 +217,7 @@ class TrainConfig(StrictConfig):
     log_snr_share: float = Field(default=0.0, ge=0, le=1)
     """Share of timesteps to draw evenly in log-SNR, not in t: more of them have little noise, where fine details are
     learned."""
-    weighting_scheme: Literal["none", "logit_normal"] = "none"
+    weighting_scheme: Literal["none", "logit_normal"] = Field(default="none", exclude_if=lambda value: value == "none")
     """How a base of flow matching draws its other times: evenly, or most often in the middle (Stable Diffusion 3)."""
     snr_gamma: float | None = Field(default=None, gt=0, le=1e12)
     """Gamma of the Min-SNR loss weighting; its authors use 5. Off by default."""
@@ -249,13 +248,6 @@ class TrainConfig(StrictConfig):
     newest undamaged one; ``checkpoint-STEP`` that one. null refuses to resume."""
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
     """Where to send curves and pictures, besides log.jsonl."""
-
-    @model_serializer(mode="wrap")
-    def _without_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What earlier versions wrote stays as it is: a key of `_LATER` is left out unless somebody gives it."""
-        values: dict[str, Any] = dump(self)
-        unset = [key for key in _LATER if getattr(self, key) == type(self).model_fields[key].default]
-        return {key: value for key, value in values.items() if key not in unset}
 
     @model_validator(mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from powersteer.backbones.protocol import base_of
 from powersteer.core.errors import PowersteerError
 from powersteer.data.captions import cut_captions, token_limit
 from powersteer.data.contents import Contents
@@ -79,7 +80,7 @@ class RunData:
 
     def tell(self) -> None:
         """Say which captions the text encoder cuts."""
-        tokenizers = [self.pipe.tokenizer, getattr(self.pipe, "tokenizer_2", None)]
+        tokenizers = base_of(self.pipe).tokenizers
         cut = cut_captions(tokenizers, self._captions())
         if cut:
             caption, tokens = max(cut, key=lambda one: one[1])
@@ -133,7 +134,7 @@ class RunData:
             given.channels,
             kind=given.kind,
             default_prompt=config.default_prompt,
-            vae_scale_factor=self.pipe.vae_scale_factor,
+            vae_scale_factor=self.setup.vae_scale_factor,
         )
 
     def _stream(self, probe: EncodedPairs) -> StreamedPairs:
@@ -142,7 +143,7 @@ class RunData:
             self.shards,
             Encoder(self.pipe),
             probe,
-            transform=Transform(given.channels, given.kind, self.pipe.vae_scale_factor),
+            transform=Transform(given.channels, given.kind, self.setup.vae_scale_factor),
             size=self.setup.size,
             views=Views(config.random_flip, config.random_crops, config.smallest_crop),
             columns=self.setup.columns,

@@ -20,16 +20,16 @@ from powersteer.training.sharding import Whole, gathered, load_optimizer_state, 
 from powersteer.training.state import Place, TrainState
 
 
-class SteeredUNet(nn.Module):
-    """The frozen U-Net and the adapter that steers it, as one module: processes share its gradients."""
+class Steered(nn.Module):
+    """The frozen denoiser and the adapter that steers it, as one module: processes share its gradients."""
 
-    def __init__(self, unet: nn.Module, network: Adapter) -> None:
+    def __init__(self, denoiser: nn.Module, network: Adapter) -> None:
         super().__init__()
-        self.unet, self.network = unet, network
+        self.denoiser, self.network = denoiser, network
 
     def forward(self, noisy: torch.Tensor, times: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """The prediction (B, C, h, w); within `attach`, the posterior's."""
-        return self.unet(noisy, times, **inputs).sample
+        return self.denoiser(noisy, times, **inputs).sample
 
 
 class Learner:
@@ -44,7 +44,7 @@ class Learner:
         config, self.accelerator = run.config, run.accelerator
         self._whole = Whole(run.network, run.accelerator)
         bare = make_optimizer(config, run.network)
-        prepared: Any = run.accelerator.prepare(SteeredUNet(run.pipe.unet, run.network), bare)
+        prepared: Any = run.accelerator.prepare(Steered(run.base.module, run.network), bare)
         self.steered, self._optimizer = prepared
         self._parameters = [parameter for parameter in run.network.parameters() if parameter.requires_grad]
         self._average = Average(self._parameters, config.ema_decay, run.accelerator.device)

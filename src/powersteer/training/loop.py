@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: the denoising loss of the steered U-Net, the base frozen."""
+"""The training loop, top to bottom: the denoising loss of the steered base, which is frozen."""
 
 from __future__ import annotations
 
@@ -91,16 +91,16 @@ def _gradient(run: Run, learner: Learner, batches: Batches, step: int) -> tuple[
     Returns:
         This process's samples by name, and their losses (N,).
     """
-    objective, unet, device = run.objective, run.pipe.unet, run.accelerator.device
+    objective, module, device = run.objective, run.base.module, run.accelerator.device
     names: list[str] = []
     losses: list[torch.Tensor] = []
     for micro in batches.of(step):
         attention = fast_attention(device.type, autocast_dtype(run.setup.precision))
         seed_dropout(run.config.seed, step, micro.places)
         # The block lasts until the gradient is there, since gradient checkpointing runs layers again.
-        steering = attach(unet, run.network, micro.condition, plan=None)
+        steering = attach(module, run.network, micro.condition, plan=None)
         with run.accelerator.accumulate(learner.steered), steering, attention:
-            prediction = predict(learner.steered, objective, micro.batch, device, unet.dtype)
+            prediction = predict(learner.steered, objective, micro.batch, device, module.dtype)
             loss = squared_errors(objective, prediction, micro.batch)  # (B,)
             if run.config.snr_gamma is not None:
                 loss = loss * objective.min_snr_weights(micro.batch.times, run.config.snr_gamma).to(loss)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from powersteer.adapters.attach import attach
 from powersteer.adapters.registry import make_adapter
+from powersteer.backbones.protocol import PipelineBackbone
 from powersteer.core.hardware import fast_attention
 from powersteer.core.memory import TensorBytes
 
@@ -61,26 +61,26 @@ class Step:
     """``cpu``, or ``cuda``: there autocast leaves the norms in float32."""
 
 
-def estimate_memory(unet_config: Mapping[str, Any], network: Mapping[str, Any], step: Step) -> MemoryEstimate:
+def estimate_memory(base: PipelineBackbone, network: Mapping[str, Any], step: Step) -> MemoryEstimate:
     """Take a training step with tensors that have shapes but no values, and count.
 
     What kernels need within one operation is left out, and so is what an allocator loses to fragments.
 
     Args:
-        unet_config: Of the base's `UNet2DConditionModel`.
+        base: Its denoiser's configuration alone is read.
         network: The arguments of `powersteer.adapters.registry.make_adapter`.
         step: The step.
 
     Raises:
         ValueError: ``network`` is wrong; see `powersteer.adapters.registry.make_adapter`.
     """
-    imagined = _Imagined(unet_config, network, step)
+    imagined = _Imagined(base, network, step)
     activations = imagined.peak()
     gradients = _nbytes(imagined.trained)
     count = sum(p.numel() for p in imagined.trained)
     return MemoryEstimate(
         {
-            "base weights": _nbytes(imagined.unet.parameters()) + step.other_base_bytes,
+            "base weights": _nbytes(imagined.module.parameters()) + step.other_base_bytes,
             "network weights": _nbytes(imagined.model.parameters()),
             "gradients": gradients,
             "optimizer": 2 * count if step.use_8bit_adam else 2 * gradients,
@@ -93,21 +93,22 @@ def estimate_memory(unet_config: Mapping[str, Any], network: Mapping[str, Any], 
 class _Imagined:
     """Networks and optimizer of fake tensors, as an update finds them."""
 
-    def __init__(self, unet_config: Mapping[str, Any], network: Mapping[str, Any], step: Step) -> None:
+    def __init__(self, base: PipelineBackbone, network: Mapping[str, Any], step: Step) -> None:
         self.step, self.fake = step, FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
-            self.unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(dict(unet_config)))
-            _freeze(self.unet.eval(), step.base_dtype)
-            self.model = make_adapter(self.unet, **network)
+            self.module = type(base.module).from_config(base.module.config)
+            self.base = type(base)(self.module)
+            _freeze(self.module.eval(), step.base_dtype)
+            self.model = make_adapter(self.module, **network)
             self.trained = [p for p in self.model.parameters() if p.requires_grad]
             self.optimizer = None if step.use_8bit_adam else torch.optim.AdamW(self.trained, fused=True)
             if self.optimizer is not None:
                 _make_state(self.optimizer, self.trained)
             if step.gradient_checkpointing:
-                self.unet.enable_gradient_checkpointing()
+                self.module.enable_gradient_checkpointing()
                 self.model.save_activation_memory()
             if step.device_type != "cpu" and step.precision != torch.float32:
-                _norms_in_float32(self.unet)
+                _norms_in_float32(self.module)
                 _norms_in_float32(self.model)
         channels, factor = network.get("conditioning_channels", 1), network.get("pixel_unshuffle", 8)
         height, width = step.size
@@ -116,20 +117,20 @@ class _Imagined:
 
     def peak(self) -> int:
         """Take an update; returns the most bytes that live beside weights and optimizer."""
-        step, unet, optimizer = self.step, self.unet, self.optimizer
+        step, module, optimizer = self.step, self.module, self.optimizer
         kept = [v for state in optimizer.state.values() for v in state.values()] if optimizer is not None else []
         with ExitStack() as steering:
             # `attach` looks at the condition's values: it is real, and the block is entered outside the fake mode.
-            steering.enter_context(attach(unet, self.model, self.condition, plan=None))
+            steering.enter_context(attach(module, self.model, self.condition, plan=None))
             steering.enter_context(fast_attention(step.device_type, step.precision))
-            with self.fake, TensorBytes([*unet.parameters(), *self.model.parameters(), *kept]) as counted:
+            with self.fake, TensorBytes([*module.parameters(), *self.model.parameters(), *kept]) as counted:
                 # `attach` keeps a copy where the adapter is. It is seen where checkpointing saves it as an input.
                 copied = None if step.gradient_checkpointing else torch.zeros(self.condition.shape)
-                inputs = _inputs(unet, step)
-                target = torch.zeros(step.batch_size, unet.config["out_channels"], *step.size)
+                inputs = self.base.example(step.batch_size, step.size, step.text_length, step.base_dtype)
+                target = torch.zeros(step.batch_size, module.config["out_channels"], *step.size)
                 for _ in range(1 + step.gradient_accumulation):
                     with torch.autocast("cpu", step.precision, enabled=step.precision != torch.float32):
-                        guess = unet(**inputs).sample
+                        guess = module(**inputs).sample
                     loss = F.mse_loss(guess.float(), target)
                     loss.backward()
                 steering.close()  # on recomputation its hooks were needed
@@ -140,8 +141,8 @@ class _Imagined:
         return counted.peak + (self.condition.nbytes if step.device_type == "cpu" else 0)
 
 
-def _freeze(unet: nn.Module, dtype: torch.dtype) -> None:
-    for module in unet.modules():
+def _freeze(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    for module in denoiser.modules():
         # Fake parameters cannot be cast in place.
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
@@ -163,27 +164,6 @@ def _make_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-
-
-def _inputs(unet: UNet2DConditionModel, step: Step) -> dict[str, Any]:
-    """The U-Net's arguments: noisy latents (B, C, h, w), timesteps (B,), text (B, tokens, width), and SDXL's."""
-    config, batch, dtype = unet.config, step.batch_size, step.base_dtype
-    width = config["encoder_hid_dim"] or config["cross_attention_dim"]
-    inputs: dict[str, Any] = {
-        "sample": torch.zeros(batch, config["in_channels"], *step.size, dtype=dtype),
-        "timestep": torch.zeros(batch, dtype=torch.long),
-        "encoder_hidden_states": torch.zeros(
-            batch, step.text_length, width if isinstance(width, int) else max(width), dtype=dtype
-        ),
-    }
-    if config["addition_embed_type"] == "text_time":
-        ids = 6
-        pooled = config["projection_class_embeddings_input_dim"] - ids * config["addition_time_embed_dim"]
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.zeros(batch, pooled, dtype=dtype),
-            "time_ids": torch.zeros(batch, ids, dtype=dtype),
-        }
-    return inputs
 
 
 def _nbytes(parameters: Iterable[nn.Parameter]) -> int:

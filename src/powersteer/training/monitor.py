@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeR
 
 from powersteer.adapters.attach import attach
 from powersteer.adapters.protocol import Adapter
-from powersteer.backbones.protocol import base_of
+from powersteer.backbones.protocol import PipelineBackbone
 from powersteer.conditions import condition_picture
 from powersteer.core.console import PlainColumn, PlainConsole
 from powersteer.core.errors import NonFiniteError, PowersteerError
@@ -183,7 +183,7 @@ class Monitor:
         with suppress(OSError):
             self.console.print(message, soft_wrap=True)
 
-    def pictures(self, pipe: Any, network: Adapter, watched: HeldOut, count: int, step: int) -> None:
+    def pictures(self, base: PipelineBackbone, network: Adapter, watched: HeldOut, count: int, step: int) -> None:
         """Write and report condition | generated | target for some of the watched pairs, seeds fixed.
 
         Raises:
@@ -199,7 +199,7 @@ class Monitor:
         conditions = conditions_of(samples)
         network.eval()
         try:
-            made = self._made(pipe, network, conditions, samples, chosen, size)
+            made = self._made(base, network, conditions, samples, chosen, size)
         except NonFiniteError as error:  # the run's own loss says whether it may go on
             self.say(f"step {step}: no pictures, {error}")
             return
@@ -223,7 +223,7 @@ class Monitor:
 
     def _made(
         self,
-        pipe: Any,
+        base: PipelineBackbone,
         network: Adapter,
         conditions: torch.Tensor,
         samples: Sequence[Sample],
@@ -236,9 +236,9 @@ class Monitor:
             NonFiniteError: They are not finite.
         """
         with torch.no_grad():
-            with self.autocast(), attach(pipe.unet, network, conditions, plan=None):
+            with self.autocast(), attach(base.module, network, conditions, plan=None):
                 latents = steered_pictures(
-                    pipe,
+                    base.pipe,
                     None,
                     [sample.texts[0] for sample in samples],
                     None,
@@ -247,9 +247,11 @@ class Monitor:
                     width=size[1],
                     output_type="latent",
                 )
-            made = base_of(pipe).pictures(torch.as_tensor(latents)).float().cpu()
+            made = base.pictures(torch.as_tensor(latents)).float().cpu()
         if not bool(made.isfinite().all()):
-            raise NonFiniteError(f"the VAE's are not finite numbers in {str(pipe.vae.dtype).removeprefix('torch.')}")
+            raise NonFiniteError(
+                f"the VAE's are not finite numbers in {str(base.pipe.vae.dtype).removeprefix('torch.')}"
+            )
         return made
 
 

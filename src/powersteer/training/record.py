@@ -38,7 +38,7 @@ FACTS: dict[str, tuple[str, ...]] = {
         "max_train_samples",
     ),
     "validation_data": ("validation_data_dir",),
-    "base": ("pretrained_model_name_or_path",),
+    "base": ("pretrained_model_name_or_path", "variant", "revision", "base_config"),
     "start": ("init_from",),
     "conditioning": ("conditioning_kind", "conditioning_channels"),
     "resolution": ("resolution",),

@@ -16,6 +16,8 @@ from rich.console import Console
 from powersteer.adapters.load import load_network
 from powersteer.adapters.protocol import Adapter
 from powersteer.backbones.load import load_base
+from powersteer.backbones.options import base_options
+from powersteer.backbones.protocol import base_of
 from powersteer.core.card import write_card
 from powersteer.core.console import PlainConsole
 from powersteer.core.digests import content_digest, weights_digest
@@ -83,7 +85,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, still_there: StillTher
     console = PlainConsole(stderr=True, quiet=not accelerator.is_main_process)
     for line in config.idle():
         console.print(line, soft_wrap=True)
-    pipe = load_base(config.pretrained_model_name_or_path)
+    pipe = load_base(config.pretrained_model_name_or_path, **base_options(config))
     check_base(pipe)
     setup = Setup.of(config, pipe)
     network = new_network(setup, pipe)
@@ -127,17 +129,18 @@ def _assembled(
 ) -> tuple[Run, Source]:
     """The run, everything on its device and encoded; and all pairs, the held-out ones too."""
     config = setup.config
-    torch.nn.Module.to(pipe.unet, base_dtype(setup.precision, accelerator.device.type))
+    base = base_of(pipe)
+    torch.nn.Module.to(base.module, base_dtype(setup.precision, accelerator.device.type))
     pipe.to(accelerator.device)
     network = network.to(accelerator.device)
     if config.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
+        base.module.enable_gradient_checkpointing()
     data.tell()
     pairs, held_out_pairs, all_pairs = data.encode()
     held_out = None
     if held_out_pairs is not None:
         held_out = HeldOut(pipe, held_out_pairs, limit=config.max_validation_samples, accelerator=accelerator)
-    return Run(setup, accelerator, pipe, network, pairs, held_out), all_pairs
+    return Run(setup, accelerator, base, network, pairs, held_out), all_pairs
 
 
 def _facts(setup: Setup, pipe: Any, network: Adapter, processes: int, steps: int) -> dict[str, Any]:
@@ -160,11 +163,9 @@ def _facts(setup: Setup, pipe: Any, network: Adapter, processes: int, steps: int
 def _base_digests(objective: Objective, pipe: Any) -> dict[str, Any]:
     """What a run depends on in the base, mostly as digests; left out is what another version of a library would put in
     other words."""
-    named = ("unet", "vae", "text_encoder", "text_encoder_2")
-    parts = {name: getattr(pipe, name, None) for name in named}
-    tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
-    words = json.dumps([[sorted(t.get_vocab().items()), t.model_max_length] for t in tokenizers])
-    return {name: weights_digest(part) for name, part in parts.items() if part is not None} | {
+    base = base_of(pipe)
+    words = json.dumps([[sorted(t.get_vocab().items()), t.model_max_length] for t in base.tokenizers])
+    return {name: weights_digest(part) for name, part in base.parts.items()} | {
         "tokenizers": content_digest(words.encode()),
         "noise": content_digest(objective.levels),
         "prediction_type": objective.prediction_type,
@@ -202,7 +203,7 @@ def _refit(run: Run, found: TrainState, place: Place, record: Record, console: C
         return False
     config, accelerator = run.config, run.accelerator
     output_dir = config.output_dir / REFIT
-    network = new_network(run.setup, run.pipe).to(accelerator.device)
+    network = new_network(run.setup, run.base.pipe).to(accelerator.device)
     accelerator.free_memory()
     wanted = "latest-intact" if config.resume_from_checkpoint == "latest-intact" else "latest"
     chosen = chosen_checkpoint(output_dir, wanted)

@@ -20,8 +20,8 @@ from powersteer.adapters.bps.model import BPSModel
 from powersteer.adapters.load import load_network
 from powersteer.adapters.protocol import Adapter
 from powersteer.adapters.registry import class_of, make_adapter
-from powersteer.conditions.kind import KINDS
-from powersteer.conditions.kinds import BLIND
+from powersteer.backbones.protocol import PipelineBackbone, base_of
+from powersteer.conditions.kind import BLIND, KINDS
 from powersteer.core.errors import PowersteerError
 from powersteer.core.hardware import native_precision
 from powersteer.data.conditioning import DATASET_FILE, Conditioning, conditioning_of
@@ -83,24 +83,12 @@ class Setup:
 
     @classmethod
     def of(cls, config: TrainConfig, pipe: Any) -> Setup:
-        """Read a configuration for a pipeline; see `read`."""
-        return cls.read(config, pipe.unet.config, pipe.scheduler, pipe.vae_scale_factor)
-
-    @classmethod
-    def read(cls, config: TrainConfig, unet_config: Any, scheduler: Any, vae_scale_factor: int) -> Setup:
-        """Read a configuration for a base that need not be loaded.
-
-        Args:
-            config: The configuration.
-            unet_config: The base's U-Net's.
-            scheduler: The base's, or what its file holds; see `objective_of`.
-            vae_scale_factor: Pixels per latent pixel, along each side.
+        """Read a configuration for a base: a pipeline, or what `powersteer.backbones.load.imagine_base` gives.
 
         Raises:
             PowersteerError: The base cannot be trained on so, or the data contradicts the configuration.
         """
-        objective = objective_of(scheduler)
-        size, step = picture_size(config, unet_config, vae_scale_factor)
+        base, objective = base_of(pipe), objective_of(pipe.scheduler)
         return cls(
             config,
             objective,
@@ -108,9 +96,9 @@ class Setup:
             conditioning(config),
             columns_of(config),
             precision_of(config),
-            size,
-            step,
-            vae_scale_factor,
+            picture_size(config, base),
+            base.step,
+            base.factor,
         )
 
     @property
@@ -143,7 +131,7 @@ class Run:
 
     setup: Setup
     accelerator: Accelerator
-    pipe: Any
+    base: PipelineBackbone
     """The frozen base, on its device."""
     network: Adapter
     """The adapter that is trained."""
@@ -241,13 +229,22 @@ def new_network(setup: Setup, pipe: Any) -> Adapter:
                 network.register_to_config(conditioning=wanted.record)
     else:
         torch.manual_seed(config.seed)
-        try:
-            network = make_adapter(pipe.unet, **setup.network)
-        except ValueError as error:
-            raise PowersteerError(f"'weights': {error}") from None
+        network = untrained(setup, base_of(pipe))
     if config.gradient_checkpointing:
         network.save_activation_memory()
     return network
+
+
+def untrained(setup: Setup, base: PipelineBackbone) -> Adapter:
+    """The network that a configuration asks for.
+
+    Raises:
+        PowersteerError: ``weights`` do not fit the base.
+    """
+    try:
+        return make_adapter(base.module, **setup.network)
+    except ValueError as error:
+        raise PowersteerError(f"'weights': {error}") from None
 
 
 _SHAPED = {
@@ -273,7 +270,7 @@ def _check_shape(setup: Setup, network: Adapter, pipe: Any) -> None:
         differ.append("ablation")
     if isinstance(network, BPSModel) and not differ and asked:
         with torch.device("meta"):
-            wanted: Any = make_adapter(pipe.unet, **setup.network)
+            wanted: Any = untrained(setup, base_of(pipe))
         for key in asked:
             names = _SHAPED.get(key, (key,))
             given, own = ([_plain(one.config[name]) for name in names] for one in (wanted, network))
@@ -292,20 +289,19 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
 
 
-def picture_size(config: TrainConfig, unet_config: Any, vae_scale_factor: int) -> tuple[Size, int]:
-    """Pixels (height, width) to train at, and what both must be multiples of.
+def picture_size(config: TrainConfig, base: PipelineBackbone) -> Size:
+    """Pixels (height, width) to train at.
 
     Raises:
-        PowersteerError: The resolution is no such multiple.
+        PowersteerError: The resolution is no multiple of what the base can make.
     """
-    step = vae_scale_factor * 2 ** (len(unet_config["block_out_channels"]) - 1)
-    given = config.resolution or unet_config["sample_size"] * vae_scale_factor
+    step, given = base.step, config.resolution or base.size
     size = (given, given) if isinstance(given, int) else given
     for side in size:
         if side < step or side % step:
             below = max(step, side // step * step)
             raise PowersteerError(f"resolution {side} is no multiple of {step}: give {below} or {below + step}")
-    return size, step
+    return size
 
 
 def update_count(config: TrainConfig, pairs: int, processes: int) -> int:
@@ -322,7 +318,7 @@ def check_base(pipe: Any) -> None:
     Raises:
         PowersteerError: Its U-Net reads more, as an inpainting base's does.
     """
-    reads, given = pipe.unet.config["in_channels"], pipe.vae.config["latent_channels"]
+    reads, given = base_of(pipe).module.config["in_channels"], pipe.vae.config["latent_channels"]
     if reads != given:
         raise PowersteerError(
             f"the base's U-Net reads {reads} channels, its latents have {given}: to train on, give a plain "

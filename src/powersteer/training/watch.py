@@ -25,7 +25,7 @@ class Watch:
 
     def __init__(self, run: Run, place: Place, monitor: Monitor) -> None:
         self.run, self.place, self.monitor = run, place, monitor
-        self._probe = HeldOut(run.pipe, run.pairs.probe, limit=PROBE, accelerator=run.accelerator)
+        self._probe = HeldOut(run.base.pipe, run.pairs.probe, limit=PROBE, accelerator=run.accelerator)
         self._watched = run.held_out or self._probe
         self._prior = self._watched.losses(None, autocast=run.autocast)
         self._warned_of = -1
@@ -53,7 +53,7 @@ class Watch:
 
     def pictures(self, measured: Adapter, step: int) -> None:
         """See `Monitor.pictures`."""
-        self.monitor.pictures(self.run.pipe, measured, self._watched, self.run.config.num_validation_images, step)
+        self.monitor.pictures(self.run.base, measured, self._watched, self.run.config.num_validation_images, step)
 
     def _choose(self, measured: Adapter, state: TrainState, row: dict[str, Any]) -> None:
         """Keep the weights whose held-out loss is lowest; the last, without held-out pairs."""

@@ -18,6 +18,7 @@ from powersteer.adapters.attach import attach
 from powersteer.adapters.bps.model import BPSModel
 from powersteer.apps.bench.turns import timed
 from powersteer.backbones.load import load_base
+from powersteer.backbones.protocol import PipelineBackbone, base_of
 from powersteer.core.hardware import fast_attention, native_precision
 from powersteer.data.encode import EncodedPairs, conditions_of, encode_pairs
 from powersteer.data.pairs import Pairs
@@ -58,17 +59,17 @@ def bench_epochs(stored: int, device: str = "cpu", rounds: int = 3) -> Epochs:
     """
     pipe: Any = load_base()
     pipe.to(device)
-    model: Any = BPSModel.from_unet(pipe.unet, pixel_unshuffle=pipe.vae_scale_factor, preset="lite")
+    base = base_of(pipe)
+    model: Any = BPSModel.from_unet(base.module, pixel_unshuffle=base.factor, preset="lite")
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     with tempfile.TemporaryDirectory() as folder:
-        pairs = Pairs(list(_rows(Path(folder), stored)), (side, side))
+        pairs = Pairs(list(_rows(Path(folder), stored)), (base.size, base.size))
         kinds = {True: encode_pairs(pipe, pairs, Path(folder) / "cache"), False: encode_pairs(pipe, pairs)}
         times: dict[bool, list[float]] = {True: [], False: []}
         for round_ in range(rounds + 1):
             for cached, encoded in kinds.items():
-                seconds = timed(partial(_epoch, pipe, model, optimizer, encoded), device)
+                seconds = timed(partial(_epoch, base, model, optimizer, encoded), device)
                 if round_ > 0:
                     times[cached].append(seconds)
     return Epochs(EPOCH_PAIRS, stored, EPOCH_BATCH, statistics.median(times[True]), statistics.median(times[False]))
@@ -90,18 +91,18 @@ def _rows(folder: Path, side: int) -> Iterator[Row]:
         yield Row(f"pairs[{i}]", *pictures, texts=(f"thing number {i}",))
 
 
-def _epoch(pipe: Any, model: BPSModel, optimizer: torch.optim.Optimizer, encoded: EncodedPairs) -> None:
-    device, precision = pipe.unet.device, native_precision(pipe.unet.device)
-    objective = objective_of(pipe.scheduler)
+def _epoch(base: PipelineBackbone, model: BPSModel, optimizer: torch.optim.Optimizer, encoded: EncodedPairs) -> None:
+    module, objective = base.module, objective_of(base.pipe.scheduler)
+    device, precision = module.device, native_precision(module.device)
     for start in range(0, len(encoded), EPOCH_BATCH):
         samples = [encoded[i, 0] for i in range(start, start + EPOCH_BATCH)]
         latents, condition = encoded.latents(samples).to(device), conditions_of(samples)
         noise, times = torch.randn_like(latents), objective.sampler()(len(latents), torch.default_generator)
         texts = encoded.texts([sample.texts[0] for sample in samples])
-        batch = Batch.of(pipe, latents, noise, times, texts)
-        with attach(pipe.unet, model, condition, plan=None), fast_attention(device.type, precision):
+        batch = Batch.of(base, latents, noise, times, texts)
+        with attach(module, model, condition, plan=None), fast_attention(device.type, precision):
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                prediction = predict(denoiser(pipe.unet), objective, batch, device, pipe.unet.dtype)
+                prediction = predict(denoiser(module), objective, batch, device, module.dtype)
             squared_errors(objective, prediction, batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from rich.progress import track
 
-from powersteer.conditions.extractors.extractor import EXTRACTORS, Box, Registered, Subject
+from powersteer.conditions.extractor import EXTRACTORS, Box, Registered, Subject
 from powersteer.core.console import PlainConsole
 from powersteer.core.errors import PowersteerError
 from powersteer.core.hardware import machine

@@ -12,7 +12,7 @@ from typing import Any
 from powersteer.adapters.load import EMBEDDED_ADAPTERS
 from powersteer.apps.studio.serve import served
 from powersteer.backbones.load import EMBEDDED_BASE
-from powersteer.conditions.extractors.extractor import optional_module
+from powersteer.conditions.extractor import optional_module
 from powersteer.core.errors import PowersteerError
 from powersteer.core.hardware import machine
 

@@ -238,8 +238,9 @@ class _Scene:
             ema=False,
             device_type=torch.device(self.device).type,
         )
-        unet = {key: value for key, value in self.unet.config.items() if not key.startswith("_")}
-        return estimate_memory(unet, {"pixel_unshuffle": self.factor, "preset": _preset(name)}, step).total
+        return estimate_memory(
+            UNetBackbone(self.unet), {"pixel_unshuffle": self.factor, "preset": _preset(name)}, step
+        ).total
 
 
 def _measure(name: str, scene: _Scene, rounds: int) -> StepRow:

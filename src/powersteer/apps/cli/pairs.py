@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from powersteer.apps.cli.help import Commands
 from powersteer.apps.cli.options import Fields, Given, described, with_fields
 from powersteer.apps.cli.output import err, out, show, show_json, tell
-from powersteer.backbones.embedded import EMBEDDED_BASE
+from powersteer.backbones.options import EMBEDDED_BASE
 from powersteer.core.config import StrictConfig
 from powersteer.core.errors import PowersteerError
 from powersteer.data.prepare.config import PrepareConfig
@@ -67,7 +67,7 @@ def prepare(
 def _list_extractors(as_json: bool) -> None:
     from importlib import import_module
 
-    from powersteer.conditions.extractors.extractor import EXTRACTORS
+    from powersteer.conditions.extractor import EXTRACTORS
 
     import_module("powersteer.conditions.extractors.catalogue")  # registers them
     if as_json:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from powersteer.apps.cli.options import described
 from powersteer.apps.cli.output import out, show, show_json
-from powersteer.backbones.embedded import EMBEDDED_BASE
+from powersteer.backbones.options import EMBEDDED_BASE
 from powersteer.denoising.settings import GenerateSettings
 
 

@@ -24,9 +24,10 @@ from pydantic import Field, field_validator, model_validator
 from powersteer.adapters.load import load_network
 from powersteer.apps.experiments.metrics import METRICS, Trial
 from powersteer.backbones.load import load_base
+from powersteer.backbones.options import base_options
+from powersteer.backbones.protocol import base_of
 from powersteer.conditions import condition_picture
-from powersteer.conditions.kind import KINDS
-from powersteer.conditions.kinds import BLIND
+from powersteer.conditions.kind import BLIND, KINDS
 from powersteer.core.config import StrictConfig, build_config
 from powersteer.core.console import PlainConsole
 from powersteer.core.errors import NonFiniteError, PowersteerError
@@ -199,8 +200,8 @@ class _Comparison:
         self.test_dir = folder / "test"
         self.config = experiment.training(next(iter(experiment.methods)), "all", 0, 1.0, "runs")
         """The configuration of one run, from which is read what all runs share."""
-        self.pipe: Any = load_base(self.config.pretrained_model_name_or_path)
-        self.base = {part: weights_sha256(getattr(self.pipe, part)) for part in ("unet", "vae", "text_encoder")}
+        self.pipe: Any = load_base(self.config.pretrained_model_name_or_path, **base_options(self.config))
+        self.base = {name: weights_sha256(part) for name, part in base_of(self.pipe).parts.items()}
         self.protocol = [experiment.metrics, experiment.test_pairs, experiment.pictures]
         self.memories: dict[str, int] = {}
         kind = conditioning(self.config).kind
@@ -215,10 +216,11 @@ class _Comparison:
         """The base on the test split."""
         config, pipe = self.config, self.pipe
         pipe.to(best_device())
-        size, _ = picture_size(config, pipe.unet.config, pipe.vae_scale_factor)
+        base = base_of(pipe)
+        size = picture_size(config, base)
         given = conditioning(config)
         conditioning_of(str(self.test_dir), given.channels, given.kind)  # which must be the same
-        test = Pairs(self.test_dir, size, given.channels, kind=given.kind, vae_scale_factor=pipe.vae_scale_factor)
+        test = Pairs(self.test_dir, size, given.channels, kind=given.kind, vae_scale_factor=base.factor)
         if self.experiment.test_pairs is not None:
             test = test.subset(spread(len(test), self.experiment.test_pairs))
         encoded: EncodedPairs = encode_pairs(pipe, test, config.cache_dir, console=self.console)
@@ -307,7 +309,7 @@ class _Comparison:
         """A trained run, measured."""
         network: Any = load_network(config.output_dir)
         pipe = self.prior.pipe
-        network.to(pipe.unet.device)
+        network.to(pipe.device)
         curve = [{key: row[key] for key in ("step", "seconds", "steered", "control")} for row in _log(config)]
         weights = config.output_dir / "diffusion_pytorch_model.safetensors"
         return {
@@ -321,7 +323,7 @@ class _Comparison:
             "control_update": result.control_step,
             "seconds": round(result.seconds, 1),
             "memory_estimated": self.memory(method, config),
-            "memory_used": memory_used(pipe.unet.device),
+            "memory_used": memory_used(pipe.device),
             "curve": curve,
             "config": _identity(config),
             "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
@@ -343,7 +345,7 @@ class _Comparison:
             "data": self.data,
             "base": self.base,
             "versions": {package: version(package) for package in packages},
-            "hardware": machine(str(trial.pipe.unet.device)),
+            "hardware": machine(str(trial.pipe.device)),
         }
 
     def draw_grid(self, pairs: int | str, seed: int) -> None:
@@ -360,7 +362,7 @@ class _Comparison:
         columns = [torch.stack([condition_picture(one, test.sizes[0], kind) for one in drawn]), prior.pictures]
         for folder in folders.values():
             network: Any = load_network(folder)
-            columns.append(replace(prior, network=network.to(prior.pipe.unet.device)).pictures)
+            columns.append(replace(prior, network=network.to(prior.pipe.device)).pictures)
         columns.append(torch.stack([test[i][0] for i in prior.shown]))
         headings = ("condition", "prior", *folders, "target")
         cells = torch.stack(columns, 1).flatten(0, 1)

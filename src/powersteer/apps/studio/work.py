@@ -29,7 +29,8 @@ from powersteer.apps.studio.recipe import parse, record_of
 from powersteer.apps.studio.uploads import check_picture, write_drawing
 from powersteer.apps.studio.wishes import CONDITIONS, MAX_SEED, Wanted, Wish, checked
 from powersteer.backbones.load import EMBEDDED_BASE, load_base
-from powersteer.conditions.extractors.extractor import EXTRACTORS, Extractor, Subject
+from powersteer.backbones.protocol import base_of
+from powersteer.conditions.extractor import EXTRACTORS, Extractor, Subject
 from powersteer.conditions.fidelity.lines import line_f1
 from powersteer.conditions.kind import KINDS
 from powersteer.conditions.layers import on_paper
@@ -201,7 +202,7 @@ class Studio:
         with self._lock:
             since = time.perf_counter()
             networks = [self.network(name) for name in settings.adapter]
-            side = self.pipe.unet.config.sample_size
+            side = base_of(self.pipe).sample_size
             read = [
                 condition_of(file, network, side) for file, network in zip(jobs[0].condition, networks, strict=True)
             ]

@@ -11,9 +11,8 @@ from typing import Any
 from PIL import Image, ImageOps
 from pydantic import Field
 
-from powersteer.conditions.extractors.extractor import EXTRACTORS, Subject, Task, from_settings, optional_module
-from powersteer.conditions.kind import INK, PAPER
-from powersteer.conditions.kinds import extractor_record
+from powersteer.conditions.extractor import EXTRACTORS, Subject, Task, from_settings, optional_module
+from powersteer.conditions.kind import INK, PAPER, extractor_record
 from powersteer.core.config import StrictConfig
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw
 
-from powersteer.conditions.extractors.extractor import EXTRACTORS, Box, Subject
+from powersteer.conditions.extractor import EXTRACTORS, Box, Subject
 from powersteer.conditions.palettes import InColours
 from powersteer.core.errors import PowersteerError
 

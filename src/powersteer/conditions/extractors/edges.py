@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from powersteer.conditions.extractors.extractor import EXTRACTORS, Subject, optional_module
-from powersteer.conditions.kind import INK, PAPER
-from powersteer.conditions.kinds import extractor_record
+from powersteer.conditions.extractor import EXTRACTORS, Subject, optional_module
+from powersteer.conditions.kind import INK, PAPER, extractor_record
 from powersteer.core.config import StrictConfig
 from powersteer.core.errors import PowersteerError
 

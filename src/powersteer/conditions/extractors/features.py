@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from powersteer.conditions.extractors.extractor import EXTRACTORS, Subject
-from powersteer.conditions.kinds import extractor_record
+from powersteer.conditions.extractor import EXTRACTORS, Subject
+from powersteer.conditions.kind import extractor_record
 from powersteer.core.config import StrictConfig
 from powersteer.core.errors import PowersteerError
 

@@ -17,9 +17,8 @@ from PIL import Image
 from pydantic import Field
 from torch import nn
 
-from powersteer.conditions.extractors.extractor import EXTRACTORS, Subject, optional_module
-from powersteer.conditions.kind import INK
-from powersteer.conditions.kinds import extractor_record
+from powersteer.conditions.extractor import EXTRACTORS, Subject, optional_module
+from powersteer.conditions.kind import INK, extractor_record
 from powersteer.core.config import StrictConfig
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import read_bytes, reason_of

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from powersteer.conditions.extractors.extractor import EXTRACTORS, Subject
-from powersteer.conditions.kinds import extractor_record
+from powersteer.conditions.extractor import EXTRACTORS, Subject
+from powersteer.conditions.kind import extractor_record
 from powersteer.conditions.palettes import InColours, Palette
 from powersteer.core.config import StrictConfig
 from powersteer.core.errors import PowersteerError

@@ -10,9 +10,8 @@ from typing import Any
 from PIL import Image
 from pydantic import Field
 
-from powersteer.conditions.extractors.extractor import EXTRACTORS, Extractor, Subject
-from powersteer.conditions.kind import INK
-from powersteer.conditions.kinds import extractor_record
+from powersteer.conditions.extractor import EXTRACTORS, Extractor, Subject
+from powersteer.conditions.kind import INK, extractor_record
 from powersteer.core.config import StrictConfig
 from powersteer.core.errors import PowersteerError
 

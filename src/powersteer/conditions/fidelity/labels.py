@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from powersteer.conditions.extractors.extractor import Extractor
-from powersteer.conditions.fidelity.agreement import extract
+from powersteer.conditions.agreement import extract
+from powersteer.conditions.extractor import Extractor
 from powersteer.conditions.palettes import NO_LABEL, Palette
 from powersteer.core.errors import PowersteerError
 from powersteer.core.pictures import to_pil

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from powersteer.conditions.fidelity.agreement import Agreement, Pictures
+from powersteer.conditions.agreement import Agreement, Pictures
 from powersteer.conditions.fidelity.labels import box_iou, class_boxes
 from powersteer.conditions.kind import KINDS
 from powersteer.conditions.kinds.segmentation import Segmentation

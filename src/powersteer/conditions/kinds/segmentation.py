@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from powersteer.conditions.extractors.extractor import Extractor
-from powersteer.conditions.fidelity.agreement import Agreement, Pictures
+from powersteer.conditions.agreement import Agreement, Pictures
+from powersteer.conditions.extractor import Extractor
 from powersteer.conditions.fidelity.labels import extracted_labels, mean_iou, nearest_labels
 from powersteer.conditions.kind import KINDS, Kind
 from powersteer.core.pictures import by_batch

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from powersteer.conditions.extractors.extractor import Extractor
-from powersteer.conditions.fidelity.agreement import Agreement, Pictures, extract
+from powersteer.conditions.agreement import Agreement, Pictures, extract
+from powersteer.conditions.extractor import Extractor
 from powersteer.conditions.fidelity.lines import TOLERANCE, dark_lines, ink_scores, line_scores
 from powersteer.conditions.kind import INK, KINDS, Fit, Kind
 from powersteer.conditions.layers import is_ink_alone, on_paper, paper_of

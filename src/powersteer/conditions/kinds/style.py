@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from powersteer.conditions.extractors.extractor import Extractor
-from powersteer.conditions.fidelity.agreement import Agreement, Pictures
+from powersteer.conditions.agreement import Agreement, Pictures
+from powersteer.conditions.extractor import Extractor
 from powersteer.conditions.fidelity.colours import palette_distance
 from powersteer.conditions.kind import KINDS, Kind
 from powersteer.core.pictures import by_batch

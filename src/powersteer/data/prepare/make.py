@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from powersteer.conditions.extractors.extractor import Box, Extractor, Registered, Subject
+from powersteer.conditions.extractor import Box, Extractor, Registered, Subject
 from powersteer.core.console import printable
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import reason_of, write_whole

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from powersteer.conditions.extractors.extractor import EXTRACTORS, Registered
+from powersteer.conditions.extractor import EXTRACTORS, Registered
 from powersteer.core.console import PlainColumn, PlainConsole
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_file, reason_of, write_whole

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from powersteer.backbones.protocol import base_of
 from powersteer.conditions import condition_picture
 from powersteer.core.digests import content_digest, weights_digest
 from powersteer.core.errors import PowersteerError
@@ -113,7 +114,7 @@ def _next_number(out_dir: Path) -> int:
 
 def _digests(sampler: Sampler, files: Iterable[Path]) -> Callable[[PictureJob], dict[str, Any]]:
     """What a job's picture depends on beside its settings."""
-    parts = {part: weights_digest(getattr(sampler.pipe, part)) for part in ("unet", "vae", "text_encoder")}
+    parts = {name: weights_digest(part) for name, part in base_of(sampler.pipe).parts.items()}
     known: dict[str, Any] = {"base": parts, "adapter": [weights_digest(model) for model in sampler.models]}
     for name in ("init_image", "mask_image"):
         if (file := getattr(sampler.settings, name)) is not None:

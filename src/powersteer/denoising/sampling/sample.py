@@ -16,6 +16,7 @@ from PIL import Image
 
 from powersteer.adapters.attach import attach
 from powersteer.adapters.protocol import Adapter
+from powersteer.backbones.protocol import base_of
 from powersteer.core.errors import NonFiniteError, PowersteerError, PowersteerWarning
 from powersteer.core.files import reason_of
 from powersteer.denoising.objective import objective_of
@@ -94,7 +95,7 @@ def _steering(
 
 def _check_finite(made: Any, pipe: Any, num_inference_steps: int) -> None:
     if isinstance(made, torch.Tensor) and not bool(made.isfinite().all()):
-        scheduler, dtype = type(pipe.scheduler).__name__, str(pipe.unet.dtype).removeprefix("torch.")
+        scheduler, dtype = type(pipe.scheduler).__name__, str(base_of(pipe).module.dtype).removeprefix("torch.")
         raise NonFiniteError(
             f"the pictures are not finite numbers, of {num_inference_steps} steps of {scheduler} in {dtype}: take more "
             "steps, another scheduler, or float32 weights"

@@ -16,6 +16,8 @@ from powersteer.adapters.attach import check_fits
 from powersteer.adapters.load import load_network
 from powersteer.adapters.protocol import Adapter
 from powersteer.backbones.load import load_base
+from powersteer.backbones.options import base_options
+from powersteer.backbones.protocol import base_of
 from powersteer.conditions.files import Fit, fit_of, fitted, read_condition
 from powersteer.conditions.sketch import open_picture
 from powersteer.core.errors import PowersteerError, PowersteerWarning
@@ -76,7 +78,7 @@ class Sampler:
         )
 
     def _read(self, files: tuple[Path, ...]) -> list[tuple[torch.Tensor, bool]]:
-        latents, prepared = self.pipe.unet.config.sample_size, self.settings.prepared
+        latents, prepared = base_of(self.pipe).sample_size, self.settings.prepared
         return [
             condition_of(file, model, latents, prepared=prepared, fit=self.fit)
             for file, model in zip(files, self.models, strict=True)
@@ -103,7 +105,8 @@ def condition_of(
 def _pipeline(settings: GenerateSettings, fit: Fit) -> tuple[Any, dict[str, Any]]:
     """The stock pipeline for the settings, and what it takes beyond prompts."""
     device = best_device()
-    pipe: Any = load_base(settings.base, torch.float32 if device.type == "cpu" else native_precision(device))
+    dtype = torch.float32 if device.type == "cpu" else native_precision(device)
+    pipe: Any = load_base(settings.base, dtype, **base_options(settings))
     pipe.to(device)
     if settings.scheduler is not None:
         pipe.scheduler = make_scheduler(settings.scheduler, pipe.scheduler)
@@ -111,7 +114,7 @@ def _pipeline(settings: GenerateSettings, fit: Fit) -> tuple[Any, dict[str, Any]
         if settings.mask_image is not None:
             raise PowersteerError("a mask needs the picture it masks: give --init-image too")
         return pipe, {}
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    side = base_of(pipe).size
 
     def opened(file: Path, mode: str, paper: str) -> Image.Image:
         return fitted(open_picture(file).convert(mode), (side, side), fit, where=str(file), paper=paper)

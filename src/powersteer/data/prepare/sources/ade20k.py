@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from powersteer.conditions.extractors.extractor import Subject, Task
+from powersteer.conditions.extractor import Subject, Task
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_file, is_folder
 from powersteer.core.text import read_text

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from powersteer.conditions.extractors.extractor import Subject, Task
+from powersteer.conditions.extractor import Subject, Task
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from powersteer.conditions.extractors.extractor import Box, Subject, Task
+from powersteer.conditions.extractor import Box, Subject, Task
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_file, is_folder
 from powersteer.data.layouts.base import alone, files_in, inside, pictures_in

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powersteer.conditions.arrays import read_features
-from powersteer.conditions.extractors.extractor import Box, Subject, Task
+from powersteer.conditions.extractor import Box, Subject, Task
 from powersteer.core.errors import PowersteerError
 from powersteer.core.files import is_file, is_folder, read_bytes
 from powersteer.core.text import json_lines, parse_object, read_text

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from powersteer.conditions.extractors.extractor import Box
+from powersteer.conditions.extractor import Box
 from powersteer.conditions.layers import on_paper
 from powersteer.conditions.sketch import MIN_SIDE, sketch_condition
 from powersteer.core.errors import PowersteerError

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from powersteer.conditions.extractors.extractor import Box, Subject, Task
+from powersteer.conditions.extractor import Box, Subject, Task
 from powersteer.conditions.palettes import NO_LABEL, Palette
 from powersteer.core.errors import PowersteerError
 from powersteer.core.text import read_text

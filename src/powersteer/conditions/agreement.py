@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from powersteer.conditions.extractors.extractor import Extractor, Subject
+from powersteer.conditions.extractor import Extractor, Subject
 from powersteer.core.pictures import to_pil
 
 Pictures = Mapping[str, torch.Tensor]
