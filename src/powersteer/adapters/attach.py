@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from powersteer.adapters.clock import Clock
-from powersteer.adapters.engine import Engine, Run
+from powersteer.adapters.engine import Engine, Run, summed
 from powersteer.adapters.plan import SteeringPlan, plan_of
 from powersteer.adapters.protocol import Adapter
 from powersteer.adapters.rows import Caller, Rows, rows_of
@@ -168,8 +168,7 @@ class _Block:
                 both = source.model.steers_unconditional or (rows.unconditional is None and caller is None)
             spare = None if both else rows.marks()
             evaluation = Evaluation(self.backbone, call, self.clock, rows, scheduler, spare)
-            for layer, residual in source.additions(evaluation, hooks).items():
-                found[layer] = residual if layer not in found else found[layer] + residual
+            found = summed(found, source.additions(evaluation, hooks))
         return found
 
     def around(self, call: Call, caller: Caller | None, prior: Run, steered: Run) -> Any:

@@ -52,14 +52,13 @@ class Site:
 
     def __init__(self) -> None:
         self.residual: torch.Tensor | None = None
-        self.thread: int | None = None
-        """None where any thread may run the layer: autograd's, that recompute it."""
+        self.here: threading.local | None = None
+        """Says ``steers`` in the thread that steers; None where any may run the layer: autograd's, to recompute it."""
 
     def __call__(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         """The layer's output, steered; None leaves it as it is."""
-        if self.residual is None:
-            return None
-        if not torch.compiler.is_compiling() and self.thread not in (None, threading.get_ident()):
+        # A thread's own variable: compiled code can read that, and nothing is quicker.
+        if self.residual is None or (self.here is not None and not getattr(self.here, "steers", False)):
             return None
         return added(output, self.residual)
 
@@ -67,11 +66,27 @@ class Site:
 def added(output: Any, residual: torch.Tensor) -> Any:
     """``residual`` added to what a layer gave: a tensor, a tuple that begins with one, or an output with a sample."""
     if isinstance(output, torch.Tensor):
-        return output + residual.to(output.dtype)
+        return output + (residual if residual.dtype == output.dtype else residual.to(output.dtype))
     if isinstance(output, tuple):
         return (added(output[0], residual), *output[1:])
     output.sample = added(output.sample, residual)
     return output
+
+
+def summed(
+    additions: dict[nn.Module, torch.Tensor], more: dict[nn.Module, torch.Tensor]
+) -> dict[nn.Module, torch.Tensor]:
+    """Additions to layers, together; layers that share a residual share its sum."""
+    if not additions or not more:
+        return additions or more
+    total, sums = dict(additions), dict[tuple[int, int], torch.Tensor]()
+    for layer, residual in more.items():
+        before = additions.get(layer)
+        if before is not None:
+            key = id(before), id(residual)
+            residual = sums[key] if key in sums else sums.setdefault(key, before + residual)
+        total[layer] = residual
+    return total
 
 
 _sites: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
@@ -90,6 +105,8 @@ class Engine:
         """How many blocks intercept a module, and what it had in the place of the interception."""
         self._lock = threading.RLock()
         self._inside = False
+        self._sites: dict[nn.Module, Site] = {}
+        """Those of `_sites` that were needed; looking up a weak key takes longer than all else here."""
         self._hooks = ExitStack()
         """What the last call left to be taken back."""
 
@@ -176,14 +193,8 @@ class Engine:
             self._hooks.close()
             try:
                 total: dict[nn.Module, torch.Tensor] = {}
-                sums: dict[tuple[int, int], torch.Tensor] = {}
                 for block in blocks:
-                    for layer, residual in block.additions(call, caller, self._hooks).items():
-                        before = total.get(layer)
-                        if before is not None:  # layers that share a residual share its sum
-                            key = id(before), id(residual)
-                            residual = sums[key] if key in sums else sums.setdefault(key, before + residual)
-                        total[layer] = residual
+                    total = summed(total, block.additions(call, caller, self._hooks))
                 self._place(total)
                 return self._plain(module, call.args, call.kwargs)
             finally:
@@ -193,7 +204,9 @@ class Engine:
         return blocks[-1].around(call, caller, prior, steered)
 
     def _place(self, additions: dict[Any, torch.Tensor]) -> None:
-        thread = None if torch.is_grad_enabled() else threading.get_ident()
+        here = None if torch.is_grad_enabled() else threading.local()
+        if here is not None:
+            here.steers = True
         placed: list[tuple[Any, Site]] = []
 
         def take_back() -> None:
@@ -203,7 +216,9 @@ class Engine:
 
         self._hooks.callback(take_back)
         for layer, residual in additions.items():
-            site = _sites.get(layer) or _sites.setdefault(layer, Site())
-            site.residual, site.thread = residual, thread
+            site = self._sites.get(layer)
+            if site is None:
+                site = self._sites[layer] = _sites.setdefault(layer, Site())
+            site.residual, site.here = residual, here
             layer._forward_hooks[KEY] = site
             placed.append((layer, site))

@@ -6,6 +6,7 @@ Every further prompt or seed under the same condition and schedule then costs no
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,9 @@ from powersteer.adapters.protocol import Adapter
 
 Residuals = list[torch.Tensor]
 """One weighted residual (N, C, H, W) for each of the backbone's positions, N conditions."""
-Key = tuple[str, str]
+Step = tuple[Hashable, ...]
+"""What the time features depend on."""
+Key = tuple[str, Step]
 """Digest of network and condition, and what the time features depend on."""
 
 
@@ -45,7 +48,7 @@ class SteeringPlan:
         self.device = None if device is None else torch.device(device)
         self.nbytes = 0
         """Bytes that the kept residuals take."""
-        self._kept: OrderedDict[str, dict[str, Residuals]] = OrderedDict()
+        self._kept: OrderedDict[str, dict[Step, Residuals]] = OrderedDict()
         self._coming: tuple[Key, Residuals, Any] | None = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -53,7 +56,7 @@ class SteeringPlan:
         """How many evaluations of the network are kept."""
         return sum(len(steps) for steps in self._kept.values())
 
-    def get(self, source: str, step: str, device: torch.device | None = None) -> Residuals | None:
+    def get(self, source: str, step: Step, device: torch.device | None = None) -> Residuals | None:
         """What was kept under these keys, in the plan's dtype; None if nothing was.
 
         Args:
@@ -77,7 +80,7 @@ class SteeringPlan:
             residual.record_stream(here)
         return residuals
 
-    def fetch(self, source: str, step: str, device: torch.device) -> None:
+    def fetch(self, source: str, step: Step, device: torch.device) -> None:
         """Have what was kept under these keys come to a GPU while it computes something else.
 
         Args:
@@ -93,7 +96,7 @@ class SteeringPlan:
             residuals = [residual.to(device, non_blocking=True) for residual in kept]
             self._coming = (source, step), residuals, self._stream.record_event()
 
-    def put(self, source: str, step: str, residuals: Residuals) -> None:
+    def put(self, source: str, step: Step, residuals: Residuals) -> None:
         """Keep the residuals, if there is room or older conditions can make some.
 
         Args:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from powersteer.adapters.clock import Clock, Once, progress
-from powersteer.adapters.plan import Residuals, SteeringPlan
+from powersteer.adapters.plan import Residuals, SteeringPlan, Step
 from powersteer.adapters.protocol import CallAdapter, ResidualAdapter, Strength
 from powersteer.adapters.rows import Rows
 from powersteer.adapters.watch import Versions, digest, versions, weights_digest
@@ -115,9 +115,11 @@ class Source:
             condition = condition if len(condition) == batch else condition.expand(batch, -1, -1, -1)
             model.intervene(self.backbone, given.call, condition, strength, hooks)
             return {}
-        residuals, rows = self._residuals(model, given)
+        placed, rows = self._residuals(model, given)
         device = given.sample.device
-        placed = [_placed(residual.to(device), rows, strength) for residual in residuals]
+        as_they_are = isinstance(strength, float) and strength == 1 and rows.index is None
+        if not as_they_are or placed[0].device != device:
+            placed = [_placed(residual.to(device), rows, strength) for residual in placed]
         # Asked for in every call: a pipeline may have put other layers in since the last.
         return {layer: placed[position] for position, layer in model.sites(self.backbone)}
 
@@ -165,17 +167,17 @@ class Source:
         embedding = given.backbone.time_embedding(given.call, timestep, 1)
         return model.residuals(condition, embedding.to(condition))
 
-    def _step(self, model: ResidualAdapter, given: Evaluation) -> tuple[str, str | None]:
+    def _step(self, model: ResidualAdapter, given: Evaluation) -> tuple[Step, Step | None]:
         """What the time features depend on, now and (as far as it is known) in the next step."""
         if not model.reads_time:
-            return "any time", None
+            return (), None
         inputs = given.backbone.time_inputs(given.call)
         told = "" if inputs is None else self._inputs_read(inputs, lambda rows: (True, digest(rows[:1])))[1]
         kind = given.sample.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else given.sample.dtype
         now = (given.timesteps(known=True) or [0])[0]
         later = given.clock.following(given.call.get(given.backbone.timestep))
-        return f"{now} {told} {precision}", None if later is None else f"{later} {told} {precision}"
+        return (now, told, precision), None if later is None else (later, told, precision)
 
     def _strength(self, given: Evaluation) -> Strength:
         """A number where it is the same for every row, else (B, 1, 1, 1)."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import lru_cache
+from operator import attrgetter
 
 import torch
 from torch import nn
 
-Versions = tuple[tuple[int, int], ...]
-"""Address and version of each tensor."""
+Versions = tuple[tuple[int, ...], tuple[int, ...]]
+"""Addresses and versions of tensors."""
+_ADDRESS, _VERSION = torch.Tensor.data_ptr, attrgetter("_version")
 
 
-def versions(tensors: Iterable[torch.Tensor]) -> Versions | None:
+def versions(tensors: Sequence[torch.Tensor]) -> Versions | None:
     """Other ones after any change in place or exchange of the memory; None for tensors that have no version."""
     try:
-        return tuple([(tensor.data_ptr(), tensor._version) for tensor in tensors])
+        return tuple(map(_ADDRESS, tensors)), tuple(map(_VERSION, tensors))
     except RuntimeError:  # made in inference mode
         return None
 

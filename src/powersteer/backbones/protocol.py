@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -63,7 +63,7 @@ class Backbone(ABC):
         """Whether the network is of this family."""
 
     @abstractmethod
-    def sites(self) -> Iterator[tuple[int, nn.Module]]:
+    def sites(self) -> Iterable[tuple[int, nn.Module]]:
         """Every layer whose output is steered, with the position of its residual in `Steering`'s order."""
 
     @abstractmethod

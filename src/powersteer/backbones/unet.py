@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,21 +39,18 @@ class UNetBackbone(PipelineBackbone):
         """Whether it is one."""
         return isinstance(module, UNet2DConditionModel)
 
-    def sites(self) -> Iterator[tuple[int, nn.Module]]:
+    def sites(self) -> list[tuple[int, nn.Module]]:
         """Every ResNet and every spatial transformer; the middle block's share one residual."""
-        unet = self.module
-        position = 0
-        for block in unet.down_blocks:
-            yield from _layers(block, position)
-            position += len(block.resnets)
-        # After ResNet, transformer, ResNet.
-        for layer in [*unet.mid_block.resnets, *getattr(unet.mid_block, "attentions", [])]:
-            if layer is not None:
-                yield position, layer
-        position += 1
-        for block in unet.up_blocks:
-            yield from _layers(block, position)
-            position += len(block.resnets)
+        unet, found, position = self.module, list[tuple[int, nn.Module]](), 0
+        middle = unet.mid_block
+        for block in (*unet.down_blocks, middle, *unet.up_blocks):
+            lists: Any = block._modules  # asked for in every call: attributes of modules are slow
+            each = 0 if block is middle else 1
+            for name in ("resnets", "attentions"):
+                layers = enumerate(lists[name]._modules.values() if name in lists else ())
+                found += [(position + each * place, layer) for place, layer in layers if layer is not None]
+            position += each * len(lists["resnets"]) or 1
+        return found
 
     def time_embedding(self, call: Call, timestep: Any, rows: int) -> torch.Tensor:
         """After the two-layer MLP, before labels, sizes and text are added: (rows, 4·w_0)."""
@@ -139,10 +136,3 @@ class UNetBackbone(PipelineBackbone):
         ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(len(states["text_embeds"]), 1)
         added = {"text_embeds": states["text_embeds"], "time_ids": ids.to(states["text_embeds"].device)}
         return {"encoder_hidden_states": states["encoder_hidden_states"], "added_cond_kwargs": added}
-
-
-def _layers(block: Any, start: int) -> Iterator[tuple[int, nn.Module]]:
-    for offset, resnet in enumerate(block.resnets):
-        yield start + offset, resnet
-    for offset, attention in enumerate(getattr(block, "attentions", [])):
-        yield start + offset, attention
