@@ -1,10 +1,10 @@
 """Calls of a frozen backbone, intercepted: residuals are evaluated before its forward begins, and added within it.
 
 Within a block, a backbone's module carries one entry more in its ``__dict__``, ``_compiled_call_impl``, which
-`torch.nn.Module.__call__` heeds and which neither copies nor pickles take along. Hooks are on layers for the length
-of a call only (until the next one where gradient checkpointing runs layers again). All this happens outside of what
-``torch.compile`` made, so that nothing breaks its graph; the hooks and their keys are the same ones every time, so that
-nothing is compiled anew.
+`torch.nn.Module.__call__` heeds and which neither copies nor pickles take along. Layers have another ``forward`` for
+the length of a call only (until the next one where gradient checkpointing runs layers again): hooks would do as well,
+and cost more than the addition itself. All this happens outside of what ``torch.compile`` made, so that nothing breaks
+its graph; a layer has the same other ``forward`` every time, so that nothing is compiled anew.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch._dynamo.config
@@ -27,8 +27,7 @@ from powersteer.backbones.protocol import Backbone, Call
 torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 CALL = "_compiled_call_impl"
-KEY: Any = "powersteer"
-"""Key of the hooks: a fixed one, for a new one each time would have compiled code look for other hooks."""
+FORWARD = "forward"
 
 Run = Callable[[], Any]
 
@@ -48,19 +47,38 @@ class Block(Protocol):
 
 
 class Site:
-    """The hook of one layer: adds its residual to the output, in the thread that steers."""
+    """The ``forward`` of one layer: adds its residual to the output, in the thread that steers."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = ref(layer)
+        self.own: Any = None
+        """A ``forward`` that the layer already had in place of its class's, as offloading gives it."""
         self.residual: torch.Tensor | None = None
         self.here: threading.local | None = None
         """Says ``steers`` in the thread that steers; None where any may run the layer: autograd's, to recompute it."""
 
-    def __call__(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        """The layer's output, steered; None leaves it as it is."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output, steered."""
+        layer: Any = self.layer()
+        output = type(layer).forward(layer, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
         # A thread's own variable: compiled code can read that, and nothing is quicker.
         if self.residual is None or (self.here is not None and not getattr(self.here, "steers", False)):
-            return None
+            return output
         return added(output, self.residual)
+
+    def place(self, layer: nn.Module, residual: torch.Tensor, here: threading.local | None) -> None:
+        """Take the place of the layer's ``forward``."""
+        self.residual, self.here = residual, here
+        self.own = layer.__dict__.get(FORWARD)
+        layer.__dict__[FORWARD] = self
+
+    def take_back(self, layer: nn.Module) -> None:
+        """Leave the layer as it was."""
+        if self.own is None:
+            del layer.__dict__[FORWARD]
+        else:
+            layer.__dict__[FORWARD] = self.own
+        self.own = self.residual = None
 
 
 def added(output: Any, residual: torch.Tensor) -> Any:
@@ -90,7 +108,7 @@ def summed(
 
 
 _sites: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
-"""The hook of every layer that was ever steered; they are kept, for compiled code knows them by identity."""
+"""Of every layer that was ever steered; they are kept, for compiled code knows them by identity."""
 _engines: WeakKeyDictionary[nn.Module, Engine] = WeakKeyDictionary()
 _opening = threading.RLock()  # the garbage collector may close a block at any moment
 
@@ -207,18 +225,16 @@ class Engine:
         here = None if torch.is_grad_enabled() else threading.local()
         if here is not None:
             here.steers = True
-        placed: list[tuple[Any, Site]] = []
+        placed: list[tuple[nn.Module, Site]] = []
 
         def take_back() -> None:
             for layer, site in placed:
-                del layer._forward_hooks[KEY]
-                site.residual = None
+                site.take_back(layer)
 
         self._hooks.callback(take_back)
         for layer, residual in additions.items():
             site = self._sites.get(layer)
             if site is None:
-                site = self._sites[layer] = _sites.setdefault(layer, Site())
-            site.residual, site.here = residual, here
-            layer._forward_hooks[KEY] = site
+                site = self._sites[layer] = _sites.setdefault(layer, Site(layer))
+            site.place(layer, residual, here)
             placed.append((layer, site))

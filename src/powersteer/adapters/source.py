@@ -117,7 +117,7 @@ class Source:
             return {}
         placed, rows = self._residuals(model, given)
         device = given.sample.device
-        as_they_are = isinstance(strength, float) and strength == 1 and rows.index is None
+        as_they_are = isinstance(strength, float) and strength == 1.0 and rows.index is None
         if not as_they_are or placed[0].device != device:
             placed = [_placed(residual.to(device), rows, strength) for residual in placed]
         # Asked for in every call: a pipeline may have put other layers in since the last.
