@@ -188,3 +188,15 @@ def test_nothing_is_loaded_nor_drawn():
 def test_a_wrong_network_is_refused(unet):
     with pytest.raises(ValueError, match="there is no network 'large'"):
         estimate_memory(UNetBackbone(unet), {"preset": "large"}, Step(1, (8, 8)))
+
+
+def test_attention_in_float32_compiles():
+    def attend(x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+    plain, x = F.scaled_dot_product_attention, torch.randn(1, 2, 5, 8).bfloat16()
+    torch._dynamo.reset()
+    with fast_attention("cpu", torch.bfloat16):
+        made = torch.compile(attend, backend="eager")(x)
+    assert F.scaled_dot_product_attention is plain and made.dtype == torch.bfloat16
+    assert torch.equal(made, plain(x.float(), x.float(), x.float()).bfloat16())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def fast_attention(device_type: str, precision: torch.dtype) -> AbstractContextM
         device_type: ``cpu``, ``cuda``, …
         precision: Of autocast.
     """
-    return _Float32Attention() if device_type == "cpu" and precision != torch.float32 else nullcontext()
+    return _float32_attention() if device_type == "cpu" and precision != torch.float32 else nullcontext()
 
 
 def machine(device: str) -> str:
@@ -58,21 +60,23 @@ def machine(device: str) -> str:
     return f"{chip}; Python {platform.python_version()}, torch {torch.__version__}, diffusers {version('diffusers')}"
 
 
-class _Float32Attention:
+@contextmanager
+def _float32_attention() -> Generator[None]:
     """In place of torch's function, not as a mode of torch's: modes are off while a backward pass computes again."""
+    plain = F.scaled_dot_product_attention
 
-    def __enter__(self) -> None:
-        self._plain = F.scaled_dot_product_attention
-        F.scaled_dot_product_attention = self
-
-    def __exit__(self, *_: object) -> None:
-        F.scaled_dot_product_attention = self._plain
-
-    def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    @functools.wraps(plain)  # torch.compile asks for a function's name
+    def attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
-            return self._plain(query.float(), key.float(), value.float(), *args, **kwargs).to(query.dtype)
+            return plain(query.float(), key.float(), value.float(), *args, **kwargs).to(query.dtype)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
 
 
 def _cpu_name() -> str:

@@ -25,11 +25,11 @@ class Steered(nn.Module):
 
     def __init__(self, denoiser: nn.Module, network: Adapter) -> None:
         super().__init__()
-        self.denoiser, self.network = denoiser, network
+        self.unet, self.network = denoiser, network  # FSDP's configuration names the first
 
     def forward(self, noisy: torch.Tensor, times: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """The prediction (B, C, h, w); within `attach`, the posterior's."""
-        return self.denoiser(noisy, times, **inputs).sample
+        return self.unet(noisy, times, **inputs).sample
 
 
 class Learner:
