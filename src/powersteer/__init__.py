@@ -9,11 +9,20 @@ from powersteer.core.errors import PowersteerError
 if TYPE_CHECKING:
     from powersteer.adapters.attach import attach as steer
     from powersteer.adapters.bps.model import BPSModel
+    from powersteer.adapters.bps.transformer import BPSTransformerModel
     from powersteer.adapters.load import load_adapter
     from powersteer.adapters.plan import SteeringPlan
     from powersteer.backbones.load import load_base
 
-__all__ = ["BPSModel", "PowersteerError", "SteeringPlan", "load_adapter", "load_base", "steer"]
+__all__ = [
+    "BPSModel",
+    "BPSTransformerModel",
+    "PowersteerError",
+    "SteeringPlan",
+    "load_adapter",
+    "load_base",
+    "steer",
+]
 __version__ = "0.1.0"
 
 
@@ -23,6 +32,7 @@ def __getattr__(name: str) -> Any:
 
     rooms = {
         "BPSModel": "adapters.bps.model",
+        "BPSTransformerModel": "adapters.bps.transformer",
         "SteeringPlan": "adapters.plan",
         "load_adapter": "adapters.load",
         "load_base": "backbones.load",

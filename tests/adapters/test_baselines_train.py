@@ -68,7 +68,7 @@ def test_dry_run_counts_a_baseline(config, kind):
 def test_an_ablation_trains_and_loads_as_what_it_is(config, ablation):
     config = config.model_copy(update={"ablation": ablation, "max_train_steps": 2, "validation_steps": 2})
     train(config)
-    assert type(load_network(config.output_dir)) is class_of("paper", ablation)
+    assert type(load_network(config.output_dir)) is class_of("paper", ablation, build_pipe().unet)
     assert rows_of(config)[0]["steered"] == rows_of(config)[0]["prior"]
 
 

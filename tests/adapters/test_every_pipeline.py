@@ -296,7 +296,7 @@ def test_exact_or_refused(name):
     if subject.unet is None:
         network = BPSModel.from_unet(stock().unet, pixel_unshuffle=4, weights="uniform")
         with (
-            pytest.raises(PowersteerError, match="has no UNet2DConditionModel to steer: give"),
+            pytest.raises(PowersteerError, match="has no denoiser to steer: give"),
             steer(subject.pipe, network, torch.rand(1, 1, 32, 32)),
         ):
             pass

@@ -311,3 +311,28 @@ def test_every_way_to_generate_runs_from_the_command(bench, tmp_path):
     assert code == 0 and [row["name"] for row in rows] == list(generate.WAYS) and all(row["ratio"] > 0 for row in rows)
     assert [line.split("  ")[0] for line in printed.splitlines()[1:-1]] == list(generate.WAYS)
     assert printed.startswith("1 step and decoding  ")
+
+
+def test_cost_is_counted_in_closed_form(bench, tmp_path):
+    code, printed, err = bench("cost", "--only", "pixart", "--only", "sana-1-6b", "--json", tmp_path / "cost.json")
+    assert code == 0, err
+    assert "PixArt-Σ" in printed and "Sana 1.6B" in printed and "FLUX" not in printed
+    rows = {row["name"]: row for row in json.loads((tmp_path / "cost.json").read_text())["rows"]}
+    row, tokens, width, features, blocks = rows["PixArt-Σ"], 64 * 64, 1152, 72, 28
+    heads = blocks * 2 * tokens * features * width
+    assert row["warm_share"] == pytest.approx(heads / row["base_operations"])
+    assert row["cold_share"] > row["warm_share"] and row["control_net_parameters"] is None
+    assert row["plan_bytes"] == 4 * tokens * features * 2
+    assert row["base_parameters"] == pytest.approx(611e6, rel=0.01)
+    assert rows["Sana 1.6B"]["control_net_parameters"] == pytest.approx(632e6, rel=0.01)
+    assert all(one["parameter_share"] < 0.02 and one["warm_share"] < 0.01 for one in rows.values())
+
+
+def test_cost_of_what_is_not_there_is_refused(bench):
+    for options, message in (
+        (("--only", "stable-cascade"), "there is no 'stable-cascade' to measure"),
+        (("--preset", "large"), "--preset must be paper or lite"),
+        (("--pixels", 1000), "--pixels must be a multiple of 32"),
+    ):
+        code, _, err = bench("cost", *options)
+        assert code == 2 and message in err and "Traceback" not in err

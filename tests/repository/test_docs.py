@@ -42,6 +42,7 @@ FENCE = re.compile(
     r"(?P<mark><!-- notest: [^>]+ -->\n+)?^```python[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 OPENED = re.compile(r"(?:open|load_image)\(\s*\"([^\"]+\.(?:png|jpg))\"")
+NAMED = re.compile(r"\b(?:tests|src/powersteer|configs|notebooks)/[\w/.-]*\w")
 STEPS = 4
 PROJECTED = 16
 """Width of the tiny picture encoder."""
@@ -180,6 +181,12 @@ def test_every_imported_name_is_there():
             assert not missing, f"{file}: {node.module} has no {', '.join(missing)}"
             found.add(file)
     assert {"README.md", "pipelines.md", "few-shot.ipynb", "steer.ipynb"} <= found
+
+
+def test_every_file_that_is_named_is_there():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    named = {(page.name, file) for page in pages for file in NAMED.findall(page.read_text(encoding="utf-8"))}
+    assert len(named) > 10 and not [one for one in named if not (ROOT / one[1]).exists() and "NAME" not in one[1]]
 
 
 def test_blocks_are_found_with_their_lines_and_marks():

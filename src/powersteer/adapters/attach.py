@@ -22,11 +22,12 @@ from torch import nn
 from powersteer.adapters.clock import Clock
 from powersteer.adapters.engine import Engine, Run, summed
 from powersteer.adapters.plan import SteeringPlan, plan_of
-from powersteer.adapters.protocol import Adapter
-from powersteer.adapters.rows import Caller, Rows, rows_of
+from powersteer.adapters.protocol import Adapter, Addition
+from powersteer.adapters.rows import Caller, Guidance, Rows, rows_of
 from powersteer.adapters.source import Evaluation, Source
 from powersteer.backbones.fingerprint import describe, differences, predicted_by
 from powersteer.backbones.protocol import Backbone, Call, find_backbone
+from powersteer.backbones.transformer import FAMILIES
 from powersteer.conditions.tensors import Condition
 from powersteer.core.errors import PowersteerError
 
@@ -124,7 +125,7 @@ def check_fits(model: Any, pipe: DiffusionPipeline | nn.Module, *, strict_base: 
     given = backbone.fingerprint(None if scheduler is None else predicted_by(scheduler))
     spec, (widths, depths) = model.spec, backbone.shape
     if widths != spec.widths or spec.depths not in (None, depths):
-        made, has = ("" if spec.depths is None else f", {each} ResNets a level" for each in (spec.depths, depths))
+        made, has = ("" if spec.depths is None else f", {each} layers a level" for each in (spec.depths, depths))
         raise PowersteerError(
             f"the adapter was made for {describe(spec.base)}{made}; this is {describe(given)}{has}: load the base it "
             "was trained on"
@@ -148,6 +149,8 @@ class _Block:
     unconditional: Sequence[bool] | None
     clock: Clock = field(default_factory=Clock)
     thread: int = field(default_factory=threading.get_ident)
+    _delta: tuple[list[float], torch.Tensor] | None = None
+    """What steering changed in the last call with the text, and when."""
 
     def check_alone(self) -> None:
         """Refuse two blocks of which one has a scale of guidance of its own."""
@@ -155,9 +158,10 @@ class _Block:
         if others and any(block.steering_guidance_scale is not None for block in (self, *others)):
             raise PowersteerError("blocks with steering_guidance_scale do not nest: give all conditions to one block")
 
-    def additions(self, call: Call, caller: Caller | None, hooks: ExitStack) -> dict[nn.Module, torch.Tensor]:
+    def additions(self, call: Call, caller: Caller | None, hooks: ExitStack) -> dict[nn.Module, Addition]:
         """See `powersteer.adapters.engine.Block`."""
-        found: dict[nn.Module, torch.Tensor] = {}
+        found: dict[nn.Module, Addition] = {}
+        time = self.backbone.schedule_time(call, None if caller is None else caller.variables)
         scheduler = _scheduler_of(self.pipeline if caller is None else caller.pipeline, self.backbone)
         look = self._looks(call, caller)
         for source in self.sources:
@@ -167,7 +171,7 @@ class _Block:
                 # A network that spares the unconditional half may meet calls that have none, as in training.
                 both = source.model.steers_unconditional or (rows.unconditional is None and caller is None)
             spare = None if both else rows.marks()
-            evaluation = Evaluation(self.backbone, call, self.clock, rows, scheduler, spare)
+            evaluation = Evaluation(self.backbone, call, self.clock, rows, scheduler, time, spare)
             found = summed(found, source.additions(evaluation, hooks))
         return found
 
@@ -179,14 +183,30 @@ class _Block:
             raise PowersteerError("guidance_rescale and steering_guidance_scale do not go together: leave one out")
         rows = self._rows(call, caller, len(self.sources[0].condition), self._looks(call, caller))
         marks, parts = rows.marks(), len(rows.unconditional or ())
-        first, output = prior(), steered()
-        delta = (output[0] - first[0]).unflatten(0, (parts, -1))[marks[:: rows.batch // parts].index(False)]
+        time = self.clock.read(self.backbone.schedule_time(call, None if caller is None else caller.variables))
+        first = prior()
+        before = torch.stack(first[0]) if isinstance(first[0], list) else first[0]
+        if all(marks):
+            # Guidance in two calls: the text's came just before, and its δ serves both.
+            if self._delta is None or self._delta[0] != time:
+                raise PowersteerError(
+                    "steering_guidance_scale needs the text's call before the unconditional one: leave it out here"
+                )
+            delta = self._delta[1]
+        else:
+            output = steered()[0]
+            change = (torch.stack(output) if isinstance(output, list) else output) - before
+            delta = change.unflatten(0, (parts, -1))[marks[:: rows.batch // parts].index(False)]
+            self._delta = time, delta
         # Each part shifted by the same δ, the text's: guidance of the pipeline leaves δ as it is.
-        shifted = first[0] + self.steering_guidance_scale * delta.repeat(parts, *[1] * (delta.ndim - 1))
+        shifted: Any = before + self.steering_guidance_scale * delta.repeat(parts, *[1] * (delta.ndim - 1))
+        shifted = list(shifted.unbind()) if isinstance(first[0], list) else shifted
         return (shifted, *first[1:]) if isinstance(first, tuple) else type(first)(sample=shifted)
 
     def _rows(self, call: Call, caller: Caller | None, count: int, look: bool) -> Rows:
-        return rows_of(call.get(self.backbone.sample), count, caller, self.unconditional, look=look)
+        guidance = Guidance() if caller is None else Guidance(*self.backbone.guidance(call, caller.variables))
+        sample = self.backbone.samples(call)
+        return rows_of(sample, count, caller, self.unconditional, guidance=guidance, look=look)
 
     def _looks(self, call: Call, caller: Caller | None) -> bool:
         """Whether the layout of this call's rows matters, and is not known from an earlier one."""
@@ -197,11 +217,11 @@ class _Block:
         else:
             marks = not self.steer_unconditional
         matters = marks or any(len(source.condition) > 1 for source in self.sources)
-        return caller is not None and matters and self._begins(call)
+        return caller is not None and matters and self._begins(call, caller)
 
-    def _begins(self, call: Call) -> bool:
+    def _begins(self, call: Call, caller: Caller) -> bool:
         """Whether a picture begins, as far as the timestep tells."""
-        self.clock.read(call.get(self.backbone.timestep))
+        self.clock.read(self.backbone.schedule_time(call, caller.variables))
         return self.clock.fresh
 
 
@@ -214,7 +234,8 @@ def _taken_apart(pipe: Any) -> tuple[Backbone, nn.Module, Any | None]:
         if backbone is not None:
             return backbone, module, pipeline
     raise PowersteerError(
-        f"{type(pipe).__name__} has no UNet2DConditionModel to steer: give a Stable Diffusion pipeline or its U-Net"
+        f"{type(pipe).__name__} has no denoiser to steer: give Stable Diffusion's pipeline or U-Net, or those of a "
+        f"transformer ({', '.join(family.title for family in FAMILIES.values())})"
     )
 
 

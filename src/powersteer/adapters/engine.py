@@ -12,16 +12,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch._dynamo.config
+import torch.nn.functional as F
 from torch import nn
 
+from powersteer.adapters.protocol import Addition
 from powersteer.adapters.rows import Caller
-from powersteer.backbones.protocol import Backbone, Call
+from powersteer.backbones.protocol import Backbone, Call, Place
 
 # A U-Net compiled before a block would else run without the block's hooks, and say nothing.
 torch._dynamo.config.skip_nnmodule_hook_guards = False
@@ -37,8 +40,8 @@ class Block(Protocol):
 
     thread: int
 
-    def additions(self, call: Call, caller: Caller | None, hooks: ExitStack) -> dict[nn.Module, torch.Tensor]:
-        """What to add to which layer's output in this call, (1 or B, C, h, w)."""
+    def additions(self, call: Call, caller: Caller | None, hooks: ExitStack) -> dict[nn.Module, Addition]:
+        """What to add to which layer's output in this call."""
         ...
 
     def around(self, call: Call, caller: Caller | None, prior: Run, steered: Run) -> Any:
@@ -53,7 +56,8 @@ class Site:
         self.layer = ref(layer)
         self.own: Any = None
         """A ``forward`` that the layer already had in place of its class's, as offloading gives it."""
-        self.residual: torch.Tensor | None = None
+        self.residual: Addition | None = None
+        self.where: Place | None = None
         self.here: threading.local | None = None
         """Says ``steers`` in the thread that steers; None where any may run the layer: autograd's, to recompute it."""
 
@@ -62,13 +66,16 @@ class Site:
         layer: Any = self.layer()
         output = type(layer).forward(layer, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
         # A thread's own variable: compiled code can read that, and nothing is quicker.
-        if self.residual is None or (self.here is not None and not getattr(self.here, "steers", False)):
+        residual = self.residual
+        if residual is None or (self.here is not None and not getattr(self.here, "steers", False)):
             return output
-        return added(output, self.residual)
+        if not isinstance(residual, torch.Tensor):
+            residual = residual()
+        return added(output, residual) if self.where is None else added_to_tokens(output, residual, self.where)
 
-    def place(self, layer: nn.Module, residual: torch.Tensor, here: threading.local | None) -> None:
+    def place(self, layer: nn.Module, residual: Addition, where: Place | None, here: threading.local | None) -> None:
         """Take the place of the layer's ``forward``."""
-        self.residual, self.here = residual, here
+        self.residual, self.where, self.here = residual, where, here
         self.own = layer.__dict__.get(FORWARD)
         layer.__dict__[FORWARD] = self
 
@@ -91,15 +98,25 @@ def added(output: Any, residual: torch.Tensor) -> Any:
     return output
 
 
-def summed(
-    additions: dict[nn.Module, torch.Tensor], more: dict[nn.Module, torch.Tensor]
-) -> dict[nn.Module, torch.Tensor]:
+def added_to_tokens(output: Any, residual: torch.Tensor, where: Place) -> Any:
+    """``residual`` (1 or B, tokens, D) added to the image's tokens in what a layer gave."""
+    if where.index is not None:
+        return tuple(
+            added_to_tokens(one, residual, replace(where, index=None)) if place == where.index else one
+            for place, one in enumerate(output)
+        )
+    behind = output.shape[1] - where.first - where.count
+    residual = residual.to(output.dtype)
+    return output + (F.pad(residual, (0, 0, where.first, behind)) if where.first or behind else residual)
+
+
+def summed(additions: dict[nn.Module, Addition], more: dict[nn.Module, Addition]) -> dict[nn.Module, Addition]:
     """Additions to layers, together; layers that share a residual share its sum."""
     if not additions or not more:
         return additions or more
-    total, sums = dict(additions), dict[tuple[int, int], torch.Tensor]()
+    total, sums = dict(additions), dict[tuple[int, int], Any]()
     for layer, residual in more.items():
-        before = additions.get(layer)
+        before: Any = additions.get(layer)
         if before is not None:
             key = id(before), id(residual)
             residual = sums[key] if key in sums else sums.setdefault(key, before + residual)
@@ -210,10 +227,10 @@ class Engine:
         def steered() -> Any:
             self._hooks.close()
             try:
-                total: dict[nn.Module, torch.Tensor] = {}
+                total: dict[nn.Module, Addition] = {}
                 for block in blocks:
                     total = summed(total, block.additions(call, caller, self._hooks))
-                self._place(total)
+                self._place(total, call)
                 return self._plain(module, call.args, call.kwargs)
             finally:
                 if not (torch.is_grad_enabled() and self.backbone.recomputes):
@@ -221,7 +238,7 @@ class Engine:
 
         return blocks[-1].around(call, caller, prior, steered)
 
-    def _place(self, additions: dict[Any, torch.Tensor]) -> None:
+    def _place(self, additions: dict[nn.Module, Addition], call: Call) -> None:
         here = None if torch.is_grad_enabled() else threading.local()
         if here is not None:
             here.steers = True
@@ -232,9 +249,11 @@ class Engine:
                 site.take_back(layer)
 
         self._hooks.callback(take_back)
+        height, width = self.backbone.grid(call) if self.backbone.has_places and additions else (0, 0)
+        places = self.backbone.places(call, height * width)
         for layer, residual in additions.items():
             site = self._sites.get(layer)
             if site is None:
                 site = self._sites[layer] = _sites.setdefault(layer, Site(layer))
-            site.place(layer, residual, here)
+            site.place(layer, residual, places.get(layer), here)
             placed.append((layer, site))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from powersteer.adapters.bps.model import BPSModel
+from powersteer.adapters.bps.transformer import BPSTransformerModel
 from powersteer.adapters.protocol import Adapter
 from powersteer.adapters.registry import adapter_classes
 from powersteer.backbones.parts import load_model
@@ -20,14 +21,14 @@ from powersteer.core.weights import shown
 EMBEDDED_ADAPTERS = {"sketch": "powersteer-tiny-sketch"}
 
 
-def load_adapter(name_or_path: str) -> BPSModel:
+def load_adapter(name_or_path: str) -> BPSModel | BPSTransformerModel:
     """A trained steering network: ``sketch`` (embedded), a folder, or ``user/name`` on the Hub.
 
     Raises:
         PowersteerError: There is no such adapter, it is not a BPS network or incomplete, damaged or not finite, or a
             newer powersteer wrote it.
     """
-    return _load(name_or_path, {BPSModel.__name__: BPSModel})
+    return _load(name_or_path, {kind.__name__: kind for kind in (BPSModel, BPSTransformerModel)})
 
 
 def load_network(name_or_path: str | Path) -> Adapter:

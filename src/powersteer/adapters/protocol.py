@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -57,6 +57,11 @@ class Adapter(nn.Module, ABC):
     """Whether both halves of classifier-free guidance are steered, unless one says otherwise."""
 
     @classmethod
+    def suits(cls, module: nn.Module) -> bool:
+        """Whether it is for such denoisers: U-Nets, if a network does not say otherwise."""
+        return hasattr(module, "down_blocks")
+
+    @classmethod
     @abstractmethod
     def from_base(
         cls,
@@ -92,18 +97,51 @@ class Adapter(nn.Module, ABC):
             self.enable_gradient_checkpointing()
 
 
+@dataclass(frozen=True)
+class Headed:
+    """What a network's head makes of features, at the layer that it is added to."""
+
+    model: ResidualAdapter
+    place: int
+    """Of the layer, in `ResidualAdapter.sites`."""
+    features: torch.Tensor
+    """(1 or B, tokens, width)."""
+    strength: Strength = 1.0
+    rest: Headed | None = None
+    """Of another condition, to be added."""
+
+    def __call__(self) -> torch.Tensor:
+        """(1 or B, tokens, D)."""
+        made = self.model.residual(self.place, self.features)
+        made = made * (self.strength.flatten(1)[..., None] if torch.is_tensor(self.strength) else self.strength)
+        return made if self.rest is None else made + self.rest()
+
+    def __add__(self, other: Headed) -> Headed:
+        return replace(other, rest=self if other.rest is None else self + other.rest)
+
+
+Addition = torch.Tensor | Headed
+"""What is added to a layer's output: (1 or B, C, h, w), or what makes (1 or B, tokens, D)."""
+
+
 class ResidualAdapter(Adapter):
     """An adapter that reads the condition and the time alone."""
 
     reads_time: ClassVar[bool] = True
+    has_heads: ClassVar[bool] = False
+    """Whether `residuals` gives features, of which `residual` makes what is added."""
 
     def sites(self, backbone: Backbone) -> Iterable[tuple[int, nn.Module]]:
         """The layers that residuals are added to, with the residual's position."""
         return backbone.sites()
 
+    def residual(self, place: int, features: torch.Tensor) -> torch.Tensor:
+        """What a head makes of features (N, tokens, width) for the layer of a place in `sites`: (N, tokens, D)."""
+        raise TypeError(f"{type(self).__name__} has no heads")
+
     @abstractmethod
     def residuals(self, condition: torch.Tensor, time_embedding: torch.Tensor) -> list[torch.Tensor]:
-        """One residual (N, C, H, W) a position.
+        """One residual (N, C, H, W) a position, or features (N, tokens, width).
 
         Args:
             condition: (N, C, H, W).

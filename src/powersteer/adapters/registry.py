@@ -8,7 +8,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from torch import nn
 
 from powersteer.adapters.protocol import Adapter
 from powersteer.conditions.kind import BLIND
@@ -32,25 +32,27 @@ def adapter_classes() -> dict[str, type[Adapter]]:
     return {kind.__name__: kind for kind in named(Adapter)}
 
 
-def class_of(preset: str, ablation: str | None = None) -> type[Adapter]:
+def class_of(preset: str, ablation: str | None, module: nn.Module) -> type[Adapter]:
     """The kind of network that a configuration asks for.
 
     Args:
         preset: ``paper``, ``lite``, or a baseline's name.
         ablation: What it leaves out; ``blind`` is any network's.
+        module: The denoiser that it will steer.
 
     Raises:
         ValueError: There is none.
     """
     wanted = None if ablation == BLIND else ablation
     for kind in adapter_classes().values():
-        if preset in kind.presets and kind.ablation == wanted:
+        if preset in kind.presets and kind.ablation == wanted and kind.suits(module):
             return kind
-    raise ValueError(f"there is no network '{preset}'" + (f" without '{wanted}'" if wanted else ""))
+    missing = f" without '{wanted}'" if wanted else ""
+    raise ValueError(f"there is no network '{preset}'{missing} for a {type(module).__name__}")
 
 
 def make_adapter(
-    unet: UNet2DConditionModel,
+    unet: Any,
     *,
     preset: str = "paper",
     ablation: str | None = None,
@@ -60,7 +62,7 @@ def make_adapter(
     """An untrained network for ``unet``; within `attach` it is exactly the prior.
 
     Args:
-        unet: The U-Net it will be attached to.
+        unet: The U-Net or transformer that it will be attached to.
         preset: ``paper``, ``lite``, ``controlnet``, ``controlnet-xs`` or ``t2i-adapter``.
         ablation: BPS or ControlNet without something, or any network without its condition.
         conditioning: What the condition is; recorded, too.
@@ -73,4 +75,4 @@ def make_adapter(
     if ablation == BLIND:
         conditioning = {**(conditioning or {}), BLIND: True}
     given: Any = {"conditioning_channels": 1, "pixel_unshuffle": 8, **options}
-    return class_of(preset, ablation).from_base(unet, preset=preset, conditioning=conditioning, **given)
+    return class_of(preset, ablation, unet).from_base(unet, preset=preset, conditioning=conditioning, **given)

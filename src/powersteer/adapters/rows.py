@@ -14,6 +14,16 @@ from powersteer.core.errors import PowersteerError
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """How a backbone's pipelines lay out classifier-free guidance, and what one call of it is."""
+
+    last: bool = False
+    """Whether the unconditional half of a batch comes second."""
+    alone: bool | None = None
+    """Whether this call is of the unconditional text alone; None where that is not known."""
+
+
+@dataclass(frozen=True)
 class Rows:
     """A batch: parts (of guidance) × images, and the condition of each image.
 
@@ -74,7 +84,13 @@ class Caller:
     def latents(self) -> torch.Tensor | None:
         """What is being denoised, one row an image."""
         found = self.variables.get("latents")
-        return found if isinstance(found, torch.Tensor) and found.ndim == 4 else None
+        return found if isinstance(found, torch.Tensor) and found.ndim in (3, 4) else None
+
+    @property
+    def guided(self) -> bool | None:
+        """Whether there is classifier-free guidance, as the pipeline calls it; None if it does not say."""
+        names = ("apply_cfg", "do_true_cfg", "do_classifier_free_guidance")
+        return next((said for name in names if (said := self.says(name)) is not None), None)
 
     def says(self, name: str) -> bool | None:
         """A variable of the method, or else a property of the pipeline; None if there is neither."""
@@ -88,6 +104,7 @@ def rows_of(
     caller: Caller | None,
     unconditional: Sequence[bool] | None = None,
     *,
+    guidance: Guidance = Guidance(),
     look: bool = False,
 ) -> Rows:
     """How the batch is laid out.
@@ -97,6 +114,7 @@ def rows_of(
         conditions: How many there are.
         caller: The pipeline that gives them; None on a bare denoiser.
         unconditional: Of each part of the batch; by default found out.
+        guidance: How guidance is laid out.
         look: Whether to look at the latents' values too: a part must repeat the one before, and nothing else.
 
     Raises:
@@ -108,7 +126,7 @@ def rows_of(
     if caller is None:
         return _bare(batch, conditions)
     _check_whole(sample, caller)
-    parts, marks = _parts(batch, caller)
+    parts, marks = _parts(batch, caller, guidance)
     if look and parts is not None:
         _check_repeats(sample, parts, caller)
     if conditions == 1:
@@ -140,12 +158,11 @@ def _bare(batch: int, conditions: int) -> Rows:
     raise PowersteerError(f"{conditions} conditions for a U-Net batch of {batch}: give 1, {batch}, or half as many")
 
 
-def _parts(batch: int, caller: Caller) -> tuple[int | None, tuple[bool, ...] | None]:
+def _parts(batch: int, caller: Caller, guidance: Guidance) -> tuple[int | None, tuple[bool, ...] | None]:
     """How many times the images are in the batch, and which time is unconditional."""
-    guided, perturbed = (
-        caller.says(name) for name in ("do_classifier_free_guidance", "do_perturbed_attention_guidance")
-    )
+    guided, perturbed = caller.guided, caller.says("do_perturbed_attention_guidance")
     usual = ((True,) if guided else ()) + (False,) + ((False,) if perturbed else ())
+    usual = usual[::-1] if guidance.last else usual
     if caller.latents is not None:
         parts, rest = divmod(batch, len(caller.latents))
         if rest:
@@ -154,6 +171,8 @@ def _parts(batch: int, caller: Caller) -> tuple[int | None, tuple[bool, ...] | N
         return None, None
     else:
         parts = len(usual)
+    if parts == 1 and guided and guidance.alone is not None:
+        return parts, (guidance.alone,)
     return parts, usual if guided is not None and parts == len(usual) else None
 
 
@@ -165,7 +184,7 @@ def _check_whole(sample: torch.Tensor, caller: Caller) -> None:
             "condition out yourself, and leave padding_mask_crop out"
         )
     latents = caller.latents
-    if latents is not None and latents.shape[-2:] != sample.shape[-2:]:
+    if latents is not None and latents.ndim == sample.ndim == 4 and latents.shape[-2:] != sample.shape[-2:]:
         (height, width), (of_height, of_width) = sample.shape[-2:], latents.shape[-2:]
         raise PowersteerError(
             f"{name} denoises {height}×{width} of {of_height}×{of_width} latents at a time: which part of the "

@@ -14,7 +14,7 @@ from torch import nn
 
 from powersteer.adapters.clock import Clock, Once, progress
 from powersteer.adapters.plan import Residuals, SteeringPlan, Step
-from powersteer.adapters.protocol import CallAdapter, ResidualAdapter, Strength
+from powersteer.adapters.protocol import Addition, CallAdapter, Headed, ResidualAdapter, Strength
 from powersteer.adapters.rows import Rows
 from powersteer.adapters.watch import Versions, digest, versions, weights_digest
 from powersteer.backbones.protocol import Backbone, Call
@@ -32,13 +32,15 @@ class Evaluation:
     clock: Clock
     rows: Rows
     scheduler: Any
+    time: Any
+    """The scheduler's timestep: a number or a tensor."""
     spare: list[bool] | None
     """Whether each row is left unsteered; None steers all."""
 
     @property
     def sample(self) -> torch.Tensor:
-        """Noisy latents (B, C, h, w)."""
-        return self.call.get(self.backbone.sample)
+        """Noisy latents (B, C, h, w), or (B, N, C)."""
+        return self.backbone.samples(self.call)
 
     def timesteps(self, known: bool) -> list[float] | None:
         """The timestep's values: one, or one a row; None if they need not be known and cannot be without a wait.
@@ -46,7 +48,7 @@ class Evaluation:
         Args:
             known: Whether they are needed.
         """
-        timestep = self.call.get(self.backbone.timestep)
+        timestep = self.time
         one = not torch.is_tensor(timestep) or timestep.numel() == 1
         if not known and (one or torch.is_grad_enabled()):
             return None
@@ -101,10 +103,10 @@ class Source:
         self._key: tuple[Versions | None, str | None] | None = None
         self._inputs_read = Once()
 
-    def additions(self, given: Evaluation, hooks: ExitStack) -> dict[nn.Module, torch.Tensor]:
-        """What to add to which layer's output, (1 or B, C, h, w)."""
+    def additions(self, given: Evaluation, hooks: ExitStack) -> dict[nn.Module, Addition]:
+        """What to add to which layer's output."""
         self._notice_changes()
-        self._check_size(given.sample)
+        self._check_size(*given.backbone.grid(given.call))
         strength = self._strength(given)
         if isinstance(strength, float) and not strength:
             return {}
@@ -117,6 +119,12 @@ class Source:
             return {}
         placed, rows = self._residuals(model, given)
         device = given.sample.device
+        if model.has_heads:
+            features = [_placed(one.to(device), rows, 1.0) for one in placed]
+            return {
+                layer: Headed(model, place, features[position], strength)
+                for place, (position, layer) in enumerate(model.sites(self.backbone))
+            }
         as_they_are = isinstance(strength, float) and strength == 1.0 and rows.index is None
         if not as_they_are or placed[0].device != device:
             placed = [_placed(residual.to(device), rows, strength) for residual in placed]
@@ -148,8 +156,7 @@ class Source:
         """Whether rows have timesteps of their own, or other inputs of the time features."""
         if not model.reads_time:
             return False
-        timestep = given.call.get(given.backbone.timestep)
-        if torch.is_tensor(timestep) and timestep.numel() > 1:
+        if torch.is_tensor(given.time) and given.time.numel() > 1:
             values = given.timesteps(known=False)
             if values is None or len(values) > 1:
                 return True
@@ -176,7 +183,7 @@ class Source:
         kind = given.sample.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else given.sample.dtype
         now = (given.timesteps(known=True) or [0])[0]
-        later = given.clock.following(given.call.get(given.backbone.timestep))
+        later = given.clock.following(given.time)
         return (now, told, precision), None if later is None else (later, told, precision)
 
     def _strength(self, given: Evaluation) -> Strength:
@@ -238,8 +245,8 @@ class Source:
             self.condition = self.condition.to(wanted, parameter.dtype)
         return self.condition
 
-    def _check_size(self, sample: torch.Tensor) -> None:
-        wanted = tuple(self.spec.factor * side for side in sample.shape[-2:])
+    def _check_size(self, height: int, width: int) -> None:
+        wanted = self.spec.factor * height, self.spec.factor * width
         if tuple(self.condition.shape[-2:]) != wanted:
             raise PowersteerError(
                 f"the condition is {self.condition.shape[-2]}×{self.condition.shape[-1]} pixels, the picture "

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from powersteer.adapters.bps.model import BPSModel
 from powersteer.adapters.load import load_adapter
+from powersteer.adapters.protocol import Adapter
 from powersteer.backbones.load import load_base
 from powersteer.backbones.protocol import base_of
 from powersteer.conditions.fidelity.lines import line_f1
@@ -116,7 +116,7 @@ def _training(out_dir: Path, data: Path, pairs: int | None, steps: int | None, s
     return build_config(settings, TrainConfig)
 
 
-def _denoising_losses(held_out: HeldOut, model: BPSModel) -> dict[str, float]:
+def _denoising_losses(held_out: HeldOut, model: Adapter) -> dict[str, float]:
     return {
         "prior": held_out.losses(None).mean().item(),
         "steered": held_out.losses(model).mean().item(),
@@ -142,7 +142,7 @@ class _Shown:
         return drawing, self.made["prior"][i], self.made["steered"][i], self.artist[i]
 
 
-def _generate(pipe: Any, model: BPSModel, test: Pairs, pictures: int, seed: int) -> _Shown:
+def _generate(pipe: Any, model: Adapter, test: Pairs, pictures: int, seed: int) -> _Shown:
     """Pictures of ``pictures`` held-out concepts, each from the same noise for all kinds."""
     chosen = one_of_each_concept(test, pictures)
     texts = [test.texts[i] for i in chosen]

@@ -49,8 +49,8 @@ def fingerprint(unet: Any, prediction_type: str | None = None) -> dict[str, Any]
 
 def differences(made_for: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """The keys in which two fingerprints disagree; what one of them does not know is no disagreement."""
-    keys = ("block_out_channels", "cross_attention_dim", "prediction_type")
-    known = [key for key in keys if made_for.get(key) is not None and given.get(key) is not None]
+    keys = ("family", "block_out_channels", "cross_attention_dim", "prediction_type")
+    known = [key for key in keys if all(one.get(key) not in (None, "unknown") for one in (made_for, given))]
     return [key for key in known if _plain(made_for[key]) != _plain(given[key])]
 
 

@@ -41,6 +41,18 @@ class Call:
         return dict(zip(self.names, self.args, strict=False)) | self.kwargs
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where image tokens lie in what a layer gives."""
+
+    index: int | None
+    """Of the image's stream in a tuple; None where a layer gives one tensor."""
+    first: int
+    """The first image token."""
+    count: int
+    """How many follow it."""
+
+
 class Backbone(ABC):
     """A frozen denoiser.
 
@@ -48,11 +60,13 @@ class Backbone(ABC):
         module: The network, which reads noisy latents (B, C, h, w), a timestep, and text.
     """
 
-    arguments: ClassVar[tuple[str, ...]]
+    arguments: tuple[str, ...]
     """Names of the network's positional arguments."""
-    sample: ClassVar[str] = "sample"
+    sample: str = "sample"
     """Name of the noisy latents among them."""
-    timestep: ClassVar[str] = "timestep"
+    timestep: str = "timestep"
+    has_places: ClassVar[bool] = False
+    """Whether its layers give tokens, see `places`; else pictures of features."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -85,6 +99,49 @@ class Backbone(ABC):
         """What `time_embedding` depends on beside the timestep: (B, …), or None."""
         del call
         return None
+
+    def samples(self, call: Call) -> torch.Tensor:
+        """The noisy latents of a call, (B, C, h, w) or as its tokens (B, N, C)."""
+        return call.get(self.sample)
+
+    def grid(self, call: Call) -> tuple[int, int]:
+        """Height and width of what a condition is laid on: latents, or tokens."""
+        height, width = self.samples(call).shape[-2:]
+        return height, width
+
+    def schedule_time(self, call: Call, variables: Mapping[str, Any] | None) -> Any:
+        """The scheduler's timestep of a call: a number, or a tensor of one or of as many as rows.
+
+        Args:
+            call: The call.
+            variables: Of the pipeline's method that makes it, if there is one.
+        """
+        del variables
+        return call.get(self.timestep)
+
+    def guidance(self, call: Call, variables: Mapping[str, Any]) -> tuple[bool, bool | None]:
+        """How its pipelines lay out classifier-free guidance.
+
+        Args:
+            call: The call.
+            variables: Of the pipeline's method that makes it.
+
+        Returns:
+            Whether the unconditional half of a batch comes second; and whether this call is of the unconditional text
+            alone, None where that is not known.
+        """
+        del call, variables
+        return False, None
+
+    def places(self, call: Call, count: int) -> Mapping[nn.Module, Place]:
+        """Where in each steered layer's output the image's tokens are.
+
+        Args:
+            call: The call.
+            count: How many they are.
+        """
+        del call, count
+        return {}
 
     @property
     @abstractmethod

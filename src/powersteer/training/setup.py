@@ -263,7 +263,7 @@ def _check_shape(setup: Setup, network: Adapter, pipe: Any) -> None:
     """
     config = setup.config
     asked = config.asked(*NETWORK_KEYS)
-    kind = class_of(config.network, config.ablation)
+    kind = class_of(config.network, config.ablation, base_of(pipe).module)
     differ = [key for key in asked if key in ("network", "ablation") and type(network) is not kind]
     blind = bool(network.spec.conditioning.get(BLIND))
     if "ablation" in asked and config.ablation == BLIND and not blind:

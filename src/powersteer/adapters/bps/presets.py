@@ -76,3 +76,48 @@ def lite_widths(widths: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]
         return tuple(max(8, 8 * round(part * width / 8)) for width in widths)
 
     return share(3 / 8), share(1 / 8)
+
+
+def transformer_shape(width: int, preset: str) -> dict[str, Any]:
+    """The widths of `BPSTransformerModel` for a transformer.
+
+    Args:
+        width: The transformer's.
+        preset: ``paper``: features a sixteenth of the transformer's width, twice as many at the coarsest level; or
+            ``lite``: half of that. Rounded to multiples of eight, from 32 on.
+
+    Raises:
+        ValueError: ``preset`` is unknown.
+    """
+    if preset not in ("paper", "lite"):
+        raise ValueError(f"preset must be 'paper' or 'lite', not '{preset}'")
+    share = 16 if preset == "paper" else 32
+    first, middle, last = (max(32, 8 * round(part * width / share / 8)) for part in (1, 1.5, 2))
+    return {"hidden_channels": (first, middle, last)}
+
+
+def depth_weights(weights: str | Sequence[float], count: int) -> tuple[float, ...]:
+    """How strongly each block of a transformer is steered, the first one first.
+
+    | weights     | from … to              |
+    |-------------|------------------------|
+    | head-heavy  | 16 … 1, geometrically  |
+    | foot-heavy  | 1 … 16                 |
+    | uniform     | 1                      |
+
+    Args:
+        weights: One of these, or a number for each block.
+        count: Blocks.
+
+    Raises:
+        ValueError: ``weights`` is unknown, or of the wrong length.
+    """
+    falling = tuple(16.0 ** (1 - place / max(1, count - 1)) for place in range(count))
+    named = {"head-heavy": falling, "foot-heavy": falling[::-1], "uniform": (1.0,) * count}
+    if isinstance(weights, str):
+        if weights not in named:
+            raise ValueError(f"weights must be {', '.join(named)} or a list of numbers, not '{weights}'")
+        return named[weights]
+    if len(weights) != count:
+        raise ValueError(f"weights has {len(weights)} numbers for {count} blocks: give one for each")
+    return tuple(weights)

@@ -34,19 +34,20 @@ class Turns:
     """To the baseline's turn of the same round, median; 1 for the baseline itself."""
 
 
-def chosen(names: Sequence[str], only: Sequence[str]) -> list[str]:
-    """The names that are to be measured, in their order: the first, which is the baseline, and those asked for.
+def chosen(names: Sequence[str], only: Sequence[str], *, baseline: bool = True) -> list[str]:
+    """The names that are to be measured, in their order: those asked for, and the baseline, which is the first.
 
     Args:
         names: As the table has them.
         only: Names in any case, or in short: ``bps-paper-warm-plan``, or its beginning up to a hyphen, which may mean
             several (``bps-paper``); a whole name (``controlnet``) means itself alone. Empty for all.
+        baseline: Whether the first name is one.
 
     Raises:
         PowersteerError: Nothing has such a name.
     """
     slugs = {_slug(name): name for name in names}
-    found = {names[0]}
+    found = {names[0]} if baseline else set[str]()
     for wanted in only:
         slug = _slug(wanted)
         meant = [slug] if slug in slugs else [one for one in slugs if slug and one.startswith(f"{slug}-")]

@@ -174,6 +174,44 @@ def bench_generate(
     show(f"{result.shape}, {result.pixels} px, {result.dtype}, median of {result.rounds}; {result.machine}")
 
 
+@app.command("cost")
+def bench_cost(
+    pixels: Annotated[int, typer.Option(min=256, max=4096, help="Side of the picture, in pixels.")] = 1024,
+    preset: Annotated[str, typer.Option(help="Shape of the adapter: paper or lite.")] = "paper",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Base to count, such as z-image. Repeatable. All by default.")
+    ] = None,
+    json_file: _JsonRows = None,
+) -> None:
+    """Count what steering a large transformer costs, at its true shape without its weights."""
+    from powersteer.apps.bench.cost import BASES, CostBench
+    from powersteer.apps.bench.cost import bench_cost as run
+    from powersteer.apps.bench.turns import chosen
+
+    if preset not in ("paper", "lite"):
+        raise PowersteerError(f"--preset must be paper or lite, not {preset}")
+    if pixels % 32:
+        raise PowersteerError(f"--pixels must be a multiple of 32, not {pixels}")
+    names = chosen(list(BASES), only or [], baseline=False)
+    headings = ["parameters", "of the base's", "operations, cold", "warm", "plan", "control net"]
+    lines = Lines(f"a step at {pixels} px", names, *headings)
+
+    def on_row(result: CostBench) -> None:
+        row = result.rows[-1]
+        lines.show(
+            row.name,
+            shown(row.parameters, 1e-6, 1, "M"),
+            shown(row.parameter_share, 100, 2, "%"),
+            shown(row.cold_share, 100, 2, "%"),
+            shown(row.warm_share, 100, 2, "%"),
+            shown(row.plan_bytes, 1e-6, 1, "MB"),
+            shown(row.control_net_parameters, 1e-6, 0, "M"),
+        )
+        write_json(json_file, result.as_json())
+
+    run(pixels, preset, only or [], on_row)
+
+
 @app.command("prepare")
 def bench_prepare(
     task: Annotated[str | None, typer.Option(help="Measure the extractors of this task only.")] = None,

@@ -21,8 +21,8 @@ import torch
 from PIL import Image, ImageOps
 
 from powersteer.adapters.attach import check_fits
-from powersteer.adapters.bps.model import BPSModel
 from powersteer.adapters.load import load_adapter
+from powersteer.adapters.protocol import Adapter
 from powersteer.apps.studio.folders import make_room
 from powersteer.apps.studio.progress import Progress, Watch, reported
 from powersteer.apps.studio.recipe import parse, record_of
@@ -100,7 +100,7 @@ class Studio:
         self.pipe: Any = load_base(base)
         self.own_scheduler = self.pipe.scheduler
         self._lock = threading.Lock()
-        self._networks: dict[str, tuple[float, BPSModel]] = {}
+        self._networks: dict[str, tuple[float, Adapter]] = {}
         self._extractors: dict[tuple[str, str], Extractor] = {}
         self._results: deque[Path] = deque()
         self._stops: dict[str, threading.Event] = {}
@@ -115,7 +115,7 @@ class Studio:
         found = sorted(self.adapters_dir.glob("*/config.json")) if self.adapters_dir.is_dir() else []
         return list(dict.fromkeys([*self.named, *(str(file.parent) for file in found if _is_adapter(file))]))
 
-    def network(self, name: str) -> BPSModel:
+    def network(self, name: str) -> Adapter:
         """One of them, loaded once, and again when it was trained on.
 
         Raises:
@@ -133,7 +133,7 @@ class Studio:
 
     def kind(self, adapter: str) -> str:
         """What its conditions are."""
-        return (self.network(adapter).config["conditioning"] or {}).get("kind") or "sketch"
+        return self.network(adapter).spec.conditioning.get("kind") or "sketch"
 
     # Pictures
 
@@ -235,7 +235,7 @@ class Studio:
         self,
         settings: GenerateSettings,
         jobs: Sequence[PictureJob],
-        networks: list[BPSModel],
+        networks: list[Adapter],
         conditions: list[torch.Tensor],
         compare: bool,
         report: Callable[[Progress], None],
@@ -245,7 +245,7 @@ class Studio:
         self.pipe.scheduler = own if name is None else make_scheduler(name, own)
         keys = [_prior_key(settings, job) for job in jobs] if compare else []
         missing = [job for job, key in zip(jobs, keys, strict=False) if key not in self._priors]
-        runs: list[tuple[list[BPSModel] | None, Sequence[PictureJob]]] = [(networks, part) for part in _batches(jobs)]
+        runs: list[tuple[list[Adapter] | None, Sequence[PictureJob]]] = [(networks, part) for part in _batches(jobs)]
         runs += [(None, part) for part in _batches(missing)]
         steered: list[Image.Image] = []
         for turn, (models, batch) in enumerate(runs):
