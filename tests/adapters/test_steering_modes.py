@@ -354,7 +354,7 @@ def test_lists_that_do_not_fit_are_refused(pipe, model, change, message):
 
 def test_what_has_no_unet_is_refused(model):
     with (
-        pytest.raises(PowersteerError, match="Linear has no UNet2DConditionModel"),
+        pytest.raises(PowersteerError, match="Linear has no denoiser to steer"),
         steer(torch.nn.Linear(2, 2), model, condition_of(0)),
     ):
         pass

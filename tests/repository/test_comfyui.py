@@ -346,7 +346,7 @@ def test_another_model_is_refused(reference):
     image = torch.zeros(1, 64, 64, 3)
     with pytest.raises(PowersteerError, match=r"made for .*widths 32-64,.* this is .*widths 32-64-64-64"):
         apply(patcher, other, image)
-    with pytest.raises(PowersteerError, match="Linear has no UNet2DConditionModel to steer"):
+    with pytest.raises(PowersteerError, match="Linear has no denoiser to steer"):
         apply(Patcher(Model(nn.Linear(1, 1))), adapter, image)
 
 
