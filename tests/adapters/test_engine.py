@@ -17,13 +17,13 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import randomise
 from powersteer import BPSModel, PowersteerError, SteeringPlan, steer
 from powersteer.adapters import plan as plan_module
 from powersteer.adapters.clock import Clock, progress
 from powersteer.adapters.watch import weights_digest
+from waits import Waits
 
 CALL = "_compiled_call_impl"
 
@@ -318,22 +318,6 @@ def test_an_offloaded_network_and_what_is_none(pipe, model):
         steer(pipe, torch.nn.Linear(1, 1), condition_of(0)),
     ):
         pass
-
-
-class Waits(TorchDispatchMode):
-    """Counts what would make a program wait for a GPU: numbers that leave the device, and copies to the CPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        if name.startswith(("aten._local_scalar_dense", "aten.item", "aten.nonzero", "aten.equal", "aten.is_nonzero")):
-            self.found[name] += 1
-        if name.startswith("aten._to_copy") and (kwargs or {}).get("device") is not None:
-            self.found[name] += 1
-        return func(*args, **kwargs or {})
 
 
 @torch.no_grad()

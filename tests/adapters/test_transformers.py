@@ -11,15 +11,18 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import _pop_mode_temporarily
 
 from conftest import randomise
 from powersteer import BPSModel, PowersteerError, SteeringPlan, steer
 from powersteer.adapters.attach import attach, check_fits
 from powersteer.adapters.bps.transformer import BPSTransformerModel
+from powersteer.adapters.engine import Engine
 from powersteer.backbones.protocol import find_backbone
 from powersteer.backbones.transformer import FAMILIES
 from tiny_bases import tiny_unet
 from tiny_transformers import TINY, Tiny
+from waits import Waits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HEIGHT, WIDTH = 4, 6
@@ -150,6 +153,32 @@ def test_the_network_runs_once_for_all_rows_and_never_again_under_its_plan(subje
     assert calls == [1] * 3
     with steer(subject.pipe, model, subject.conditions[:1], plan=None):
         torch.testing.assert_close(subject.latents([0, 1]), first, **CLOSE)
+
+
+def test_a_step_waits_for_nothing(subject, monkeypatch):
+    """After a picture's first step the engine reads nothing off the device; the transformer itself is not counted."""
+    model, found = subject.network(), []
+    real, plain = Engine._steered, Engine._plain
+
+    def steered(self, *args: Any) -> Any:
+        with Waits() as counting:
+            output = real(self, *args)
+        found.append(counting.found)
+        return output
+
+    def uncounted(self, *args: Any) -> Any:
+        with _pop_mode_temporarily():
+            return plain(self, *args)
+
+    monkeypatch.setattr(Engine, "_steered", steered)
+    monkeypatch.setattr(Engine, "_plain", uncounted)
+    for plan in (SteeringPlan(memory_limit=10**9), None):
+        with steer(subject.pipe, model, subject.conditions, plan=plan):
+            for _ in range(2):
+                subject.latents([0, 1], 1.0)
+    assert len(found) == 12 and found[0]
+    # The first picture fills the plan, by copies on the device.
+    assert not [one for step, one in enumerate(found) if step % 3 and step > 2 and one]
 
 
 def test_conditions_add_up(subject):

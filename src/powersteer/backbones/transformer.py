@@ -114,6 +114,9 @@ class TransformerBackbone(Backbone):
         self.family = FAMILIES[type(module).__name__]
         self.arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self.sample, self.timestep = self.family.sample, self.family.timestep
+        self._stacked: tuple[Call, torch.Tensor] | None = None
+        self._read: tuple[torch.Tensor, int, tuple[int, int]] | None = None
+        """Positions that were read off the device, their version, and the grid that they tell."""
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -144,7 +147,11 @@ class TransformerBackbone(Backbone):
     def samples(self, call: Call) -> torch.Tensor:
         """(B, C, h, w), or (B, tokens, C) where the pipeline packs them."""
         given = call.get(self.sample)
-        return torch.stack(list(given)).squeeze(2) if isinstance(given, list) else given
+        if not isinstance(given, list):
+            return given
+        if self._stacked is None or self._stacked[0] is not call:
+            self._stacked = call, torch.stack(list(given)).squeeze(2)
+        return self._stacked[1]
 
     def grid(self, call: Call) -> tuple[int, int]:
         """Height and width in tokens."""
@@ -154,11 +161,14 @@ class TransformerBackbone(Backbone):
             return height // patch, width // patch
         if "img_shapes" in self.arguments:
             return tuple(call.get("img_shapes")[0][0][-2:])
-        ids = call.get("img_ids")
-        ids = ids[0] if ids.ndim == 3 else ids
-        here = ids[ids[:, 0] == 0]  # reference pictures come later
-        height, width = (int(one) + 1 for one in here[:, 1:3].amax(0).tolist())
-        return height, width
+        ids: torch.Tensor = call.get("img_ids")
+        version = 0 if ids.is_inference() else ids._version
+        if self._read is None or self._read[0] is not ids or self._read[1] != version:
+            rows = ids[0] if ids.ndim == 3 else ids
+            here = rows[rows[:, 0] == 0]  # reference pictures come later
+            height, width = (int(one) + 1 for one in here[:, 1:3].amax(0).tolist())
+            self._read = ids, version, (height, width)
+        return self._read[2]
 
     def schedule_time(self, call: Call, variables: Mapping[str, Any] | None) -> Any:
         """The pipeline's own timestep, which lies on its schedule; without one, what the argument stands for."""
