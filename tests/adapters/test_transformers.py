@@ -6,7 +6,9 @@ import copy
 import functools
 from typing import Any
 
+import accelerate
 import diffusers
+import peft
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
@@ -203,6 +205,30 @@ def test_a_compiled_transformer_is_steered_as_the_eager_one(subject):
     assert moved(subject.steered(model, [0]), wanted) < 1e-4 * scale
     assert counters["stats"]["unique_graphs"] == graphs  # the second picture compiles nothing anew
     assert moved(subject.latents([0]), prior) < 1e-4 * scale
+
+
+def test_an_offloaded_transformer_is_steered_as_before(subject):
+    model = subject.network()
+    wanted = subject.steered(model, [0, 1], plan=None)
+    for part in subject.pipe.components.values():  # all of them: a pipeline computes where the first one is
+        if isinstance(part, torch.nn.Module):
+            accelerate.cpu_offload(part, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in subject.pipe.transformer.parameters())
+    torch.testing.assert_close(subject.steered(model, [0, 1], plan=None), wanted, **CLOSE)
+
+
+def test_beside_a_lora(subject):
+    model, transformer = subject.network(), subject.pipe.transformer
+    before, prior = subject.steered(model, [0, 1]), subject.latents([0, 1])
+    torch.manual_seed(4)
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), transformer
+    )
+    assert moved(subject.latents([0, 1]), prior) > 1e-3
+    both = subject.steered(model, [0, 1])
+    alone = torch.cat([subject.steered(model, [row]) for row in (0, 1)])
+    scale = max(1.0, both.abs().max().item())
+    assert moved(both, alone) < 1e-4 * scale and moved(both, before) > 1e-3
 
 
 def test_gradients_reach_every_weight(subject):

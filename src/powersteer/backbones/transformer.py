@@ -189,13 +189,14 @@ class TransformerBackbone(Backbone):
 
     def time_embedding(self, call: Call, timestep: Any, rows: int) -> torch.Tensor:
         """Features of the time alone, before text or guidance join them: (rows, D)."""
-        del call
-        weight = next(self.time_layers.parameters())
-        h = torch.as_tensor(timestep, device=weight.device).flatten().float() * self.family.time_scale
+        weight, sample = next(self.time_layers.parameters()), self.samples(call)
+        device = sample.device if weight.is_meta else weight.device  # offloaded weights come with their own hooks
+        dtype = weight.dtype if weight.is_floating_point() else sample.dtype  # quantised ones
+        h = torch.as_tensor(timestep, device=device).flatten().float() * self.family.time_scale
         h = h.expand(rows) if len(h) == 1 else h[:rows]
         for name in self.family.time:
             part = self.module.get_submodule(name)
-            h = part(h.to(weight.dtype) if h.ndim > 1 else h)
+            h = part(h.to(dtype) if h.ndim > 1 else h)
         return h
 
     def example(self, batch: int, size: tuple[int, int], tokens: int, dtype: torch.dtype) -> dict[str, Any]:
