@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 
-from powersteer.adapters.bps.adapter import BPSTransformerAdapter
 from powersteer.adapters.bps.model import LightBlock, TimeResBlock
 from powersteer.adapters.bps.presets import depth_weights, transformer_shape
+from powersteer.adapters.bps.transformer_adapter import BPSTransformerAdapter
 from powersteer.adapters.hub import HubMixin
 from powersteer.backbones.transformer import transformer_backbone
 
