@@ -253,9 +253,12 @@ def test_gradients_reach_every_weight(subject):
     assert not missing and not any(parameter.grad is not None for parameter in transformer.parameters())
 
 
-def test_caches_that_skip_blocks_are_refused(subject):
-    if not hasattr(subject.pipe.transformer, "enable_cache"):
-        pytest.skip("diffusers has no such cache for it")
+CACHED = [family.title for name, family in FAMILIES.items() if hasattr(getattr(diffusers, name), "enable_cache")]
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_caches_that_skip_blocks_are_refused(name):
+    subject = Subject(TINY[name])
     subject.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.2))
     with pytest.raises(PowersteerError, match="disable_cache"):
         subject.steered(subject.network(), [0])

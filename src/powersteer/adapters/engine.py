@@ -125,7 +125,7 @@ def summed(additions: dict[nn.Module, Addition], more: dict[nn.Module, Addition]
 
 
 _sites: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
-"""Of every layer that was ever steered; they are kept, for compiled code knows them by identity."""
+"""The sites of all layers that were ever steered; they are kept, for compiled code knows them by identity."""
 _engines: WeakKeyDictionary[nn.Module, Engine] = WeakKeyDictionary()
 _opening = threading.RLock()  # the garbage collector may close a block at any moment
 

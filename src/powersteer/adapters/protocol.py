@@ -103,12 +103,12 @@ class Headed:
 
     model: ResidualAdapter
     place: int
-    """Of the layer, in `ResidualAdapter.sites`."""
+    """The layer's place in `ResidualAdapter.sites`."""
     features: torch.Tensor
     """(1 or B, tokens, width)."""
     strength: Strength = 1.0
     rest: Headed | None = None
-    """Of another condition, to be added."""
+    """What another condition adds."""
 
     def __call__(self) -> torch.Tensor:
         """(1 or B, tokens, D)."""

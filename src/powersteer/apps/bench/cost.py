@@ -24,7 +24,7 @@ class Base:
 
     transformer: Callable[[], nn.Module]
     tokens: int
-    """Of a prompt, at the pipeline's default length."""
+    """Tokens of a prompt, at the pipeline's default length."""
     pixels: int = 16
     """Per token, along each side."""
     control_net: Callable[[], nn.Module] | None = None
@@ -94,11 +94,11 @@ class CostRow:
     """The steering network's."""
     parameter_share: float
     base_operations: int
-    """Of a step for one picture, without guidance: multiplications and additions."""
+    """Multiplications and additions of a step for one picture, without guidance."""
     cold_share: float
     """Operations of the network and its heads, over the base's."""
     warm_share: float
-    """Of the heads alone, where a plan has the features."""
+    """The same of the heads alone, where a plan has the features."""
     plan_bytes: int
     """What a plan keeps a step, in half precision."""
     control_net_parameters: int | None
