@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,8 @@ class Tiny:
     transformer: Callable[[], Any]
     pipeline: str
     scheduler: Callable[[], Any]
-    texts: Callable[[torch.Generator, int, int], dict[str, Any]]
-    """Text arguments of the pipeline for prompts of two seeds, the second of the negative one: one row each."""
+    texts: Callable[[torch.Generator, int], dict[str, Any]]
+    """The pipeline's text arguments for so many prompts."""
     channels: int
     """Of the latents as the transformer is given them, a token's where they are packed."""
     pixels: int = 16
@@ -40,8 +41,6 @@ class Tiny:
         kind = getattr(diffusers, self.pipeline)
         parts: dict[str, Any] = dict.fromkeys(kind._optional_components)
         needed = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-        import inspect
-
         asked = inspect.signature(kind.__init__).parameters
         parts |= {name: None for name in needed if name in asked}
         pipe = kind(**parts | {"vae": self.vae()}, transformer=transformer, scheduler=self.scheduler())
@@ -55,6 +54,30 @@ def _flow() -> Any:
 
 def _random(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator)
+
+
+def _plain(generator: torch.Generator, count: int) -> dict[str, Any]:
+    shape = count, TEXT, 16
+    return {"prompt_embeds": _random(generator, *shape), "negative_prompt_embeds": _random(generator, *shape)}
+
+
+def _pooled(generator: torch.Generator, count: int) -> dict[str, Any]:
+    names = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return _plain(generator, count) | {name: _random(generator, count, 24) for name in names}
+
+
+def _masked(generator: torch.Generator, count: int) -> dict[str, Any]:
+    names = ("prompt_attention_mask", "negative_prompt_attention_mask")
+    return _plain(generator, count) | {name: torch.ones(count, TEXT) for name in names}
+
+
+def _qwen(generator: torch.Generator, count: int) -> dict[str, Any]:
+    names = ("prompt_embeds_mask", "negative_prompt_embeds_mask")
+    return _plain(generator, count) | {name: torch.ones(count, TEXT, dtype=torch.long) for name in names}
+
+
+def _lists(generator: torch.Generator, count: int) -> dict[str, Any]:
+    return {name: list(rows) for name, rows in _plain(generator, count).items()}
 
 
 TINY = {
@@ -73,12 +96,7 @@ TINY = {
         ),
         "StableDiffusion3Pipeline",
         _flow,
-        lambda g, n, _: {
-            "prompt_embeds": _random(g, n, TEXT, 16),
-            "pooled_prompt_embeds": _random(g, n, 24),
-            "negative_prompt_embeds": _random(g, n, TEXT, 16),
-            "negative_pooled_prompt_embeds": _random(g, n, 24),
-        },
+        _pooled,
         4,
     ),
     "FLUX.1": Tiny(
@@ -94,12 +112,7 @@ TINY = {
         ),
         "FluxPipeline",
         _flow,
-        lambda g, n, _: {
-            "prompt_embeds": _random(g, n, TEXT, 16),
-            "pooled_prompt_embeds": _random(g, n, 24),
-            "negative_prompt_embeds": _random(g, n, TEXT, 16),
-            "negative_pooled_prompt_embeds": _random(g, n, 24),
-        },
+        _pooled,
         16,
         guidance="true_cfg_scale",
     ),
@@ -116,10 +129,7 @@ TINY = {
         ),
         "Flux2KleinPipeline",
         _flow,
-        lambda g, n, _: {
-            "prompt_embeds": _random(g, n, TEXT, 16),
-            "negative_prompt_embeds": _random(g, n, TEXT, 16),
-        },
+        _plain,
         16,
         vae=lambda: diffusers.AutoencoderKLFlux2(
             block_out_channels=(8, 8, 8, 8),
@@ -143,12 +153,7 @@ TINY = {
         ),
         "QwenImagePipeline",
         _flow,
-        lambda g, n, _: {
-            "prompt_embeds": _random(g, n, TEXT, 16),
-            "prompt_embeds_mask": torch.ones(n, TEXT, dtype=torch.long),
-            "negative_prompt_embeds": _random(g, n, TEXT, 16),
-            "negative_prompt_embeds_mask": torch.ones(n, TEXT, dtype=torch.long),
-        },
+        _qwen,
         16,
         guidance="true_cfg_scale",
     ),
@@ -166,10 +171,7 @@ TINY = {
         ),
         "ZImagePipeline",
         _flow,
-        lambda g, n, _: {
-            "prompt_embeds": list(_random(g, n, TEXT, 16)),
-            "negative_prompt_embeds": list(_random(g, n, TEXT, 16)),
-        },
+        _lists,
         4,
     ),
     "Sana": Tiny(
@@ -187,12 +189,7 @@ TINY = {
         ),
         "SanaPipeline",
         _flow,
-        lambda g, n, _: {
-            "prompt_embeds": _random(g, n, TEXT, 16),
-            "prompt_attention_mask": torch.ones(n, TEXT),
-            "negative_prompt_embeds": _random(g, n, TEXT, 16),
-            "negative_prompt_attention_mask": torch.ones(n, TEXT),
-        },
+        _masked,
         4,
         pixels=32,
         more=(("use_resolution_binning", False), ("prompt", None), ("negative_prompt", None)),
@@ -211,14 +208,8 @@ TINY = {
         ),
         "PixArtSigmaPipeline",
         lambda: diffusers.DDIMScheduler(clip_sample=False),
-        lambda g, n, _: {
-            "prompt_embeds": _random(g, n, TEXT, 16),
-            "prompt_attention_mask": torch.ones(n, TEXT),
-            "negative_prompt_embeds": _random(g, n, TEXT, 16),
-            "negative_prompt_attention_mask": torch.ones(n, TEXT),
-            "negative_prompt": None,
-        },
+        _masked,
         4,
-        more=(("use_resolution_binning", False),),
+        more=(("use_resolution_binning", False), ("negative_prompt", None)),
     ),
 }

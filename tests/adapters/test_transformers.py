@@ -38,7 +38,7 @@ class Subject:
     def __init__(self, tiny: Tiny) -> None:
         self.tiny, self.pipe = tiny, tiny.pipe()
         self.size = {"height": HEIGHT * tiny.pixels, "width": WIDTH * tiny.pixels}
-        self.texts = tiny.texts(torch.Generator().manual_seed(1), 2, 0)
+        self.texts = tiny.texts(torch.Generator().manual_seed(1), 2)
         self.conditions = torch.rand(2, 1, *self.size.values(), generator=torch.Generator().manual_seed(2))
 
     def network(self, **options: Any) -> BPSTransformerModel:

@@ -46,7 +46,7 @@ class Place:
     """Where image tokens lie in what a layer gives."""
 
     index: int | None
-    """Of the image's stream in a tuple; None where a layer gives one tensor."""
+    """Position of the image's stream in a tuple; None where a layer gives one tensor."""
     first: int
     """The first image token."""
     count: int

@@ -26,7 +26,7 @@ class Blocks:
     name: str
     """Attribute of the transformer."""
     index: int | None = None
-    """Of the image's stream in a tuple; None where a block gives one tensor."""
+    """Position of the image's stream in a tuple; None where a block gives one tensor."""
     after_text: bool = False
     """Whether the text's tokens come before the image's in that tensor."""
 
